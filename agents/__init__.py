@@ -1,0 +1,1 @@
+"""The gateway: API, router, executor, store, conversations, keys."""

@@ -1,0 +1,1 @@
+"""The launcher and supervisor, and the files for servers and clusters."""

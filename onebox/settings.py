@@ -1,0 +1,113 @@
+"""Every setting of every process, read once from `ONEBOX_*` variables into one frozen object.
+
+The command `python -m deploy settings` prints this table for the docs.
+"""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from onebox.errors import SetupError
+
+PREFIX = "ONEBOX_"
+
+
+class Settings(BaseSettings):
+    """The settings; the defaults run on a laptop without a GPU."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, frozen=True, extra="forbid")
+
+    home: Path = Field(Path("~/.onebox"), description="Folder of models, store and logs.")
+    host: str = Field("127.0.0.1", description="Address the API and the page listen on.")
+    insecure_bind: bool = Field(False, description="Allow a non-loopback `host` without TLS in front.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level logged.")
+
+    admin_key: SecretStr | None = Field(None, description="Admin API key; unset: one is made at the first start and printed once.")
+    ui_key: SecretStr | None = Field(None, description="API key of the page; the launcher makes one per start.")
+    internal_token: SecretStr | None = Field(None, description="Bearer token between gateway and engines; the launcher makes one per start.")
+
+    api_port: int = Field(8080, ge=0, le=65535, description="Port of the HTTP API.")
+    ui_port: int = Field(7860, ge=0, le=65535, description="Port of the page.")
+    gateway_workers: int = Field(2, ge=1, le=64, description="Gateway processes.")
+    api_url: str | None = Field(None, description="Where the page finds the API; unset: `host` and `api_port`.")
+
+    redis_url: str | None = Field(None, description="A Redis to use; unset: the launcher starts a Valkey under `home`.")
+    redis_timeout_s: float = Field(0.5, gt=0, description="Time for one Redis operation, retried once.")
+
+    engine: Literal["vllm", "scripted"] = Field("vllm", description="What generates; `scripted` is for load tests only.")
+    engine_url: str = Field("http://127.0.0.1:8100", description="Where the gateway finds the engine fleet.")
+    engine_port: int = Field(8100, ge=0, le=65535, description="Port of the Ray Serve ingress.")
+    engine_replicas: int = Field(1, ge=1, le=10_000, description="Engine replicas.")
+    engine_ingress: Literal["haproxy", "proxy"] = Field("haproxy", description="Ray Serve ingress mode.")
+    engine_max_ongoing: int = Field(64, ge=1, description="Requests one replica works on at a time.")
+    engine_max_queued: int = Field(256, ge=0, description="Requests that may wait at one replica; beyond: 429.")
+    engine_coalesce_ms: float = Field(15.0, ge=0, description="Frames of one reply are merged for this long, but for the first.")
+
+    model: str = Field("auto", description="Alias of the catalogue, a local path or a hub id; `auto` picks by machine.")
+    model_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="Weights' type; auto is bfloat16.")
+    model_context: int | None = Field(None, ge=256, description="Tokens of context; unset: the model's own, at most 8192 on CPU.")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs per replica.")
+    gpu_memory_fraction: float = Field(0.9, gt=0, le=1, description="Share of a GPU's memory the engine takes.")
+    cpu_kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB.")
+    cpu_threads: int | None = Field(None, ge=1, description="Threads per CPU replica; unset: cores shared among replicas.")
+    prefix_caching: bool = Field(True, description="Keep the KV blocks of common prefixes.")
+
+    scripted_ttft_ms: float = Field(20.0, ge=0, description="Scripted engine: time to the first token.")
+    scripted_itl_ms: float = Field(5.0, ge=0, description="Scripted engine: time between tokens.")
+
+    body_max_bytes: int = Field(1024 * 1024, ge=1024, description="Largest JSON body.")
+    messages_max: int = Field(512, ge=1, description="Most messages in a request.")
+    max_tokens_default: int = Field(2048, ge=1, description="Reply length where none is asked for.")
+    max_tokens_cap: int = Field(8192, ge=1, description="Longest reply that can be asked for.")
+    connect_timeout_s: float = Field(2.0, gt=0, description="Time to connect to an engine.")
+    first_token_timeout_s: float = Field(60.0, gt=0, description="Time to an engine's first frame.")
+    stall_timeout_s: float = Field(30.0, gt=0, description="Longest silence of an engine in a reply.")
+    run_timeout_s: float = Field(600.0, gt=0, description="Longest run.")
+    drain_timeout_s: float = Field(60.0, gt=0, description="Time streams get to end when a process leaves.")
+
+    plugins: tuple[str, ...] = Field(
+        ("summarize", "translate", "qa", "reason", "write", "chat"), description="Plugins that may load (JSON list)."
+    )
+    router_threshold: float = Field(0.6, ge=0, le=1, description="Below this confidence the router asks the engine.")
+    router_engine: bool = Field(True, description="Let the router ask the engine when it is unsure.")
+
+    @property
+    def home_dir(self) -> Path:
+        """`home` with `~` resolved."""
+        return self.home.expanduser()
+
+    @property
+    def gateway_url(self) -> str:
+        """The API's base address as seen from this machine."""
+        return self.api_url or f"http://{self.host}:{self.api_port}"
+
+
+def read_settings(**overrides: object) -> Settings:
+    """The settings of this process; `overrides` beat the environment.
+
+    Raises:
+        SetupError: a variable is unknown or has a bad value.
+    """
+    known = set(Settings.model_fields)
+    for variable in os.environ:
+        if variable.startswith(PREFIX) and (name := variable.removeprefix(PREFIX).lower()) not in known | INSTANCE_ONLY:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f"Did you mean {PREFIX}{near[0].upper()}?" if near else "See docs/settings.md for the known ones."
+            raise SetupError(f"Unknown setting {variable!r}: no part of Onebox reads it. {hint}")
+    try:
+        return Settings(**overrides)  # type: ignore[arg-type]  # pydantic validates
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = ".".join(str(part) for part in first["loc"])
+        raise SetupError(
+            f"Setting {PREFIX}{field.upper()} is not usable: {first['msg'].lower()} (got {first.get('input')!r}). "
+            "Correct the variable or unset it."
+        ) from None
+
+
+# Set by the launcher for itself and its children; no setting of a user.
+INSTANCE_ONLY = frozenset({"instance"})

@@ -1,0 +1,1 @@
+"""The registry, and the built-in tasks with their prompts."""

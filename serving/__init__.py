@@ -1,0 +1,1 @@
+"""Engine replicas: the wire, the engines, their ASGI server, the Serve deployment, the model catalogue."""
