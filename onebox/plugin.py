@@ -32,10 +32,13 @@ class Example:
     text: str
 
 
-class Params(BaseModel):
+class TaskParams(BaseModel):
     """Base of a plugin's typed options: one definition for the HTTP schema, the form and the router."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Params = TaskParams
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class Task:
     """
 
     messages: tuple[Message, ...]
-    params: Params
+    params: TaskParams
     sampling: "Sampling"
 
     @property
@@ -168,7 +171,7 @@ class Plugin(ABC):
     summary: ClassVar[Mapping[Lang, str]]
     examples: ClassVar[Sequence[Example]]
     counter_examples: ClassVar[Sequence[Example]] = ()
-    Params: ClassVar[type[Params]] = Params
+    Params: ClassVar[type[TaskParams]] = TaskParams
 
     @abstractmethod
     def run(self, task: Task, ctx: Context) -> AsyncIterator[Event]:

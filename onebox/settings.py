@@ -26,9 +26,13 @@ class Settings(BaseSettings):
     insecure_bind: bool = Field(False, description="Allow a non-loopback `host` without TLS in front.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level logged.")
 
-    admin_key: SecretStr | None = Field(None, description="Admin API key; unset: one is made at the first start and printed once.")
+    admin_key: SecretStr | None = Field(
+        None, description="Admin API key; unset: one is made at the first start and printed once."
+    )
     ui_key: SecretStr | None = Field(None, description="API key of the page; the launcher makes one per start.")
-    internal_token: SecretStr | None = Field(None, description="Bearer token between gateway and engines; the launcher makes one per start.")
+    internal_token: SecretStr | None = Field(
+        None, description="Bearer token between gateway and engines; the launcher makes one per start."
+    )
 
     api_port: int = Field(8080, ge=0, le=65535, description="Port of the HTTP API.")
     ui_port: int = Field(7860, ge=0, le=65535, description="Port of the page.")
@@ -38,22 +42,32 @@ class Settings(BaseSettings):
     redis_url: str | None = Field(None, description="A Redis to use; unset: the launcher starts a Valkey under `home`.")
     redis_timeout_s: float = Field(0.5, gt=0, description="Time for one Redis operation, retried once.")
 
-    engine: Literal["vllm", "scripted"] = Field("vllm", description="What generates; `scripted` is for load tests only.")
+    engine: Literal["vllm", "scripted"] = Field(
+        "vllm", description="What generates; `scripted` is for load tests only."
+    )
     engine_url: str = Field("http://127.0.0.1:8100", description="Where the gateway finds the engine fleet.")
     engine_port: int = Field(8100, ge=0, le=65535, description="Port of the Ray Serve ingress.")
     engine_replicas: int = Field(1, ge=1, le=10_000, description="Engine replicas.")
     engine_ingress: Literal["haproxy", "proxy"] = Field("haproxy", description="Ray Serve ingress mode.")
     engine_max_ongoing: int = Field(64, ge=1, description="Requests one replica works on at a time.")
     engine_max_queued: int = Field(256, ge=0, description="Requests that may wait at one replica; beyond: 429.")
-    engine_coalesce_ms: float = Field(15.0, ge=0, description="Frames of one reply are merged for this long, but for the first.")
+    engine_coalesce_ms: float = Field(
+        15.0, ge=0, description="Frames of one reply are merged for this long, but for the first."
+    )
 
     model: str = Field("auto", description="Alias of the catalogue, a local path or a hub id; `auto` picks by machine.")
-    model_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="Weights' type; auto is bfloat16.")
-    model_context: int | None = Field(None, ge=256, description="Tokens of context; unset: the model's own, at most 8192 on CPU.")
+    model_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="Weights' type; auto is bfloat16."
+    )
+    model_context: int | None = Field(
+        None, ge=256, description="Tokens of context; unset: the model's own, at most 8192 on CPU."
+    )
     tensor_parallel: int = Field(1, ge=1, description="GPUs per replica.")
     gpu_memory_fraction: float = Field(0.9, gt=0, le=1, description="Share of a GPU's memory the engine takes.")
     cpu_kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB.")
-    cpu_threads: int | None = Field(None, ge=1, description="Threads per CPU replica; unset: cores shared among replicas.")
+    cpu_threads: int | None = Field(
+        None, ge=1, description="Threads per CPU replica; unset: cores shared among replicas."
+    )
     prefix_caching: bool = Field(True, description="Keep the KV blocks of common prefixes.")
 
     scripted_ttft_ms: float = Field(20.0, ge=0, description="Scripted engine: time to the first token.")
