@@ -8,7 +8,7 @@ Publish it under the entry-point group `onebox.plugins`; `onebox.testing` runs i
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import Logger
 from random import Random
@@ -100,7 +100,7 @@ class LLM(Protocol):
         """Tokens that prompt and reply share."""
         ...
 
-    def stream(self, messages: Sequence[Message], sampling: Sampling) -> AsyncIterator[TextDelta]:
+    def stream(self, messages: Sequence[Message], sampling: Sampling) -> AsyncGenerator[TextDelta, None]:
         """The reply as it is drawn. Leaving the iterator early frees the engine's slot."""
         ...
 
@@ -174,5 +174,5 @@ class Plugin(ABC):
     Params: ClassVar[type[TaskParams]] = TaskParams
 
     @abstractmethod
-    def run(self, task: Task, ctx: Context) -> AsyncIterator[Event]:
+    def run(self, task: Task, ctx: Context) -> AsyncGenerator[Event, None]:
         """Do the work; an async generator. Raise an `OneboxError` to end the run with a clear message."""
