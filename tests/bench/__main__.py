@@ -1,0 +1,19 @@
+"""`make bench [ARGS="path routing start page"]`: run benchmarks and write docs/benchmarks.md."""
+
+import asyncio
+import importlib
+import sys
+
+BENCHMARKS = {"path": "path", "routing": "routing", "start": "start", "page": "ui_streams"}
+
+
+def main() -> None:
+    """Run the named benchmarks, or all."""
+    for name in sys.argv[1:] or BENCHMARKS:
+        if name not in BENCHMARKS:
+            sys.exit(f"Unknown benchmark {name!r}; known: {', '.join(BENCHMARKS)}")
+        asyncio.run(importlib.import_module(f"tests.bench.{BENCHMARKS[name]}").main())
+
+
+if __name__ == "__main__":
+    main()
