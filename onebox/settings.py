@@ -14,6 +14,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from onebox.errors import SetupError
 
 PREFIX = "ONEBOX_"
+# The launcher's mark on its processes, and the folder of models that tests share.
+NOT_SETTINGS = frozenset({"instance", "test_home"})
 
 
 class Settings(BaseSettings):
@@ -108,7 +110,7 @@ def read_settings(**overrides: object) -> Settings:
     """
     known = set(Settings.model_fields)
     for variable in os.environ:
-        if variable.startswith(PREFIX) and (name := variable.removeprefix(PREFIX).lower()) not in known | INSTANCE_ONLY:
+        if variable.startswith(PREFIX) and (name := variable.removeprefix(PREFIX).lower()) not in known | NOT_SETTINGS:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"Did you mean {PREFIX}{near[0].upper()}?" if near else "See docs/settings.md for the known ones."
             raise SetupError(f"Unknown setting {variable!r}: no part of Onebox reads it. {hint}")
@@ -121,7 +123,3 @@ def read_settings(**overrides: object) -> Settings:
             f"Setting {PREFIX}{field.upper()} is not usable: {first['msg'].lower()} (got {first.get('input')!r}). "
             "Correct the variable or unset it."
         ) from None
-
-
-# Set by the launcher for itself and its children; no setting of a user.
-INSTANCE_ONLY = frozenset({"instance"})
