@@ -41,7 +41,7 @@ def test_a_misspelt_variable_is_an_error_that_names_the_nearest(monkeypatch: pyt
 
 def test_a_bad_value_is_an_error_that_names_the_variable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ONEBOX_API_PORT", "many")
-    with pytest.raises(SetupError, match="ONEBOX_API_PORT.*'many'"):
+    with pytest.raises(SetupError, match=r"ONEBOX_API_PORT.*'many'"):
         read_settings()
 
 

@@ -1,4 +1,4 @@
-"""Starting and ending the product and its peers for a benchmark, each on ports of its own."""
+"""Starting and ending the product and its peers for tests and benchmarks, each on ports of its own."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from deploy.sockets import free_port
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 KEY = "ob-bench-key-0123456789abcdef"
 
 
