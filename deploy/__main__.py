@@ -18,6 +18,14 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Run Onebox o
 console = Console()
 error_console = Console(stderr=True)
 DOWN_TIMEOUT_S = 90.0
+SETTINGS_HEAD = """\
+# Settings
+
+Every process reads these `ONEBOX_*` variables once, at its start; an unknown one is an error. `make docs` writes this
+table from the code.
+
+| variable | default | meaning |
+| --- | --- | --- |"""
 
 
 @app.command()
@@ -107,20 +115,18 @@ def doctor() -> None:
 
 @app.command()
 def settings() -> None:
-    """Print the table of all settings, in Markdown (docs/settings.md)."""
-    console.print(
-        "| variable | default | meaning |\n| --- | --- | --- |", markup=False, highlight=False, soft_wrap=True
-    )
+    """Print the page of all settings, in Markdown (docs/settings.md)."""
+    typer.echo(settings_page(), nl=False)
+
+
+def settings_page() -> str:
+    """The text of docs/settings.md."""
+    lines = [SETTINGS_HEAD]
     for name, field in Settings.model_fields.items():
-        default = "" if field.default is None else field.default
-        if isinstance(default, tuple):
-            default = ", ".join(default)
-        console.print(
-            f"| `{PREFIX}{name.upper()}` | {f'`{default}`' if default != '' else 'unset'} | {field.description} |",
-            markup=False,
-            highlight=False,
-            soft_wrap=True,
-        )
+        default = ", ".join(field.default) if isinstance(field.default, tuple) else field.default
+        shown = "unset" if default is None else f"`{default}`"
+        lines.append(f"| `{PREFIX}{name.upper()}` | {shown} | {field.description} |")
+    return "\n".join(lines) + "\n"
 
 
 def _process_row(pid: int) -> tuple[str, str]:

@@ -6,7 +6,6 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -16,15 +15,8 @@ import pytest
 from deploy import instance
 from deploy.guardian import marked
 from deploy.sockets import free_port
+from tests.e2e.conftest import SCRIPTED
 from tests.processes import KEY, ROOT, Product, product
-
-SCRIPTED = {"ONEBOX_ENGINE": "scripted", "ONEBOX_SCRIPTED_ITL_MS": "1"}
-
-
-@pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Product]:
-    with product(tmp_path_factory.mktemp("up"), SCRIPTED) as started:
-        yield started
 
 
 def deploy(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -39,40 +31,40 @@ def deploy(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def ask(running: Product, text: str) -> httpx.Response:
+def ask(scripted_product: Product, text: str) -> httpx.Response:
     return httpx.post(
-        f"{running.api_url}/v1/chat/completions",
+        f"{scripted_product.api_url}/v1/chat/completions",
         json={"model": "auto", "messages": [{"role": "user", "content": text}], "max_tokens": 8},
         headers={"Authorization": f"Bearer {KEY}"},
         timeout=30,
     )
 
 
-def test_everything_answers_once_it_says_ready(running: Product) -> None:
-    assert httpx.get(running.ui_url).status_code == 200
-    assert httpx.get(f"{running.api_url}/readyz").status_code == 200
-    reply = ask(running, "hello").json()
+def test_everything_answers_once_it_says_ready(scripted_product: Product) -> None:
+    assert httpx.get(scripted_product.ui_url).status_code == 200
+    assert httpx.get(f"{scripted_product.api_url}/readyz").status_code == 200
+    reply = ask(scripted_product, "hello").json()
     assert reply["choices"][0]["message"]["content"]
     assert reply["usage"]["completion_tokens"] == 8
 
 
-def test_status_names_every_part_and_says_ready(running: Product) -> None:
-    done = deploy("status", ONEBOX_HOME=str(running.home))
+def test_status_names_every_part_and_says_ready(scripted_product: Product) -> None:
+    done = deploy("status", ONEBOX_HOME=str(scripted_product.home))
     assert done.returncode == 0, done.stderr
     for name in ("store", "gateway-0", "gateway-1", "page", "engine", "Ready"):
         assert name in done.stdout
 
 
-def test_a_second_up_in_the_same_home_says_where_the_first_one_is(running: Product) -> None:
-    done = deploy("up", ONEBOX_HOME=str(running.home), ONEBOX_ENGINE="scripted")
+def test_a_second_up_in_the_same_home_says_where_the_first_one_is(scripted_product: Product) -> None:
+    done = deploy("up", ONEBOX_HOME=str(scripted_product.home), ONEBOX_ENGINE="scripted")
     assert done.returncode == 1
     assert "already running" in done.stderr
-    assert running.ui_url in done.stderr
+    assert scripted_product.ui_url in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
 
 
-def test_a_taken_port_is_one_line_and_exit_code_1(running: Product, tmp_path: Path) -> None:
-    port = running.api_url.rpartition(":")[2]
+def test_a_taken_port_is_one_line_and_exit_code_1(scripted_product: Product, tmp_path: Path) -> None:
+    port = scripted_product.api_url.rpartition(":")[2]
     done = deploy("up", ONEBOX_HOME=str(tmp_path), ONEBOX_ENGINE="scripted", ONEBOX_API_PORT=port)
     assert done.returncode == 1
     assert f"Port {port} on 127.0.0.1 is taken" in done.stderr
@@ -80,13 +72,13 @@ def test_a_taken_port_is_one_line_and_exit_code_1(running: Product, tmp_path: Pa
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_killed_gateway_worker_comes_back_while_requests_keep_being_answered(running: Product) -> None:
-    process = psutil.Process(running.pid)
+def test_a_killed_gateway_worker_comes_back_while_requests_keep_being_answered(scripted_product: Product) -> None:
+    process = psutil.Process(scripted_product.pid)
     (worker,) = (child for child in process.children() if child.cmdline()[2:3] == ["agents"] and _first(child))
     worker.kill()
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline:
-        assert ask(running, "still there?").status_code == 200
+        assert ask(scripted_product, "still there?").status_code == 200
         workers = [child for child in process.children() if child.cmdline()[2:3] == ["agents"]]
         if len(workers) == 2 and worker.pid not in {child.pid for child in workers}:
             return
