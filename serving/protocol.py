@@ -37,18 +37,18 @@ class WireSampling(WireModel):
     """How tokens are drawn; `max_tokens` counts from the end of `resume_token_ids`."""
 
     max_tokens: int = Field(ge=1)
-    temperature: float | None = Field(None, ge=0, le=2)
-    top_p: float | None = Field(None, gt=0, le=1)
+    temperature: float | None = Field(default=None, ge=0, le=2)
+    top_p: float | None = Field(default=None, gt=0, le=1)
     seed: int | None = None
     stop: tuple[str, ...] = ()
-    top_logprobs: int | None = Field(None, ge=0, le=20)
+    top_logprobs: int | None = Field(default=None, ge=0, le=20)
     ignore_eos: bool = False
 
 
 class Structured(WireModel):
     """Constrains the reply to one of `choice`, or to a JSON text that fits `json_schema`."""
 
-    choice: tuple[str, ...] | None = Field(None, min_length=1)
+    choice: tuple[str, ...] | None = Field(default=None, min_length=1)
     json_schema: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -65,8 +65,8 @@ class GenerateRequest(WireModel):
     """
 
     request_id: str = Field(min_length=1, max_length=128)
-    messages: tuple[WireMessage, ...] | None = Field(None, min_length=1)
-    prompt_token_ids: tuple[int, ...] | None = Field(None, min_length=1)
+    messages: tuple[WireMessage, ...] | None = Field(default=None, min_length=1)
+    prompt_token_ids: tuple[int, ...] | None = Field(default=None, min_length=1)
     resume_token_ids: tuple[int, ...] = ()
     sampling: WireSampling
     structured: Structured | None = None

@@ -1,102 +1,97 @@
-"""Starting and ending the product and its peers for tests and benchmarks, each on ports of its own."""
+"""Engine fleets as tests use them: real `python -m deploy.fleet` processes on free ports.
+
+The pytest process itself never imports ray or vllm: their import warnings would be errors here.
+"""
 
 import os
+import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from deploy.sockets import free_port
+import httpx
 
-ROOT = Path(__file__).resolve().parent.parent
-KEY = "ob-bench-key-0123456789abcdef"
+ROOT = Path(__file__).resolve().parents[1]
+START_TIMEOUT_S = 240
+STOP_TIMEOUT_S = 60
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
-    """A running `python -m deploy up`."""
+class Fleet:
+    """A running fleet. `pid` is that of `python -m deploy.fleet`; `model` the name it serves."""
 
-    api_url: str
-    ui_url: str
-    home: Path
+    url: str
+    token: str
     pid: int
-    ready_s: float
-    page_s: float
+    model: str
+    log: Path
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What every request to the fleet wants."""
+        return {"authorization": f"Bearer {self.token}"}
+
+
+@dataclass(frozen=True, slots=True)
+class FleetSpec:
+    """Settings of a fleet by their names in `onebox.settings`, as the environment gives them."""
+
+    values: dict[str, str] = field(default_factory=dict)
+
+    def environment(self, port: int, token: str) -> dict[str, str]:
+        """The process environment: this process's without its settings, plus the fleet's."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("ONEBOX_")}
+        own = self.values | {"engine_port": str(port), "internal_token": token}
+        return inherited | {f"ONEBOX_{name.upper()}": value for name, value in own.items()}
+
+
+def pick_free_port() -> int:
+    """A TCP port of the loopback address that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 @contextmanager
-def process(
-    argv: Sequence[str], ready_url: str, log: Path, env: Mapping[str, str] | None = None, timeout_s: float = 240
-) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that runs until the block ends; the block starts when `ready_url` answers 200."""
-    with log.open("wb") as output:
-        child = subprocess.Popen(
-            argv, stdout=output, stderr=output, env={**os.environ, **(env or {})}, cwd=ROOT, start_new_session=True
+def run_fleet(spec: FleetSpec, log: Path) -> Iterator[Fleet]:
+    """A fleet that is ready, ended with everything it started on leaving."""
+    port, token = pick_free_port(), secrets.token_hex(16)
+    with log.open("wb") as sink:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "deploy.fleet"],
+            cwd=ROOT,
+            env=spec.environment(port, token),
+            stdout=sink,
+            stderr=subprocess.STDOUT,
         )
     try:
-        wait_for(ready_url, child, log, timeout_s)
-        yield child
+        model = _wait_until_ready(process, f"http://127.0.0.1:{port}", token, log)
+        yield Fleet(f"http://127.0.0.1:{port}", token, process.pid, model, log)
     finally:
-        child.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGTERM)
         try:
-            child.wait(90)
+            process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            child.kill()
-            child.wait()
+            process.kill()
+            process.wait()
 
 
-def wait_for(url: str, child: subprocess.Popen[bytes], log: Path, timeout_s: float) -> float:
-    """Seconds until `url` answered 200. Raises `RuntimeError` with the log's end when it never does."""
-    started = time.monotonic()
-    while time.monotonic() - started < timeout_s:
-        if child.poll() is not None:
-            break
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return time.monotonic() - started
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.1)
-    raise RuntimeError(f"{url} did not answer; the log ends with:\n{log.read_text(errors='replace')[-2000:]}")
-
-
-@contextmanager
-def product(home: Path, env: Mapping[str, str]) -> Iterator[Product]:
-    """The whole product with its own ports and `home`."""
-    api, page, engine = free_port(), free_port(), free_port()
-    variables = {
-        "ONEBOX_HOME": str(home),
-        "ONEBOX_ADMIN_KEY": KEY,
-        "ONEBOX_API_PORT": str(api),
-        "ONEBOX_UI_PORT": str(page),
-        "ONEBOX_ENGINE_PORT": str(engine),
-        **env,
-    }
-    home.mkdir(parents=True, exist_ok=True)
-    argv = (sys.executable, "-m", "deploy", "up")
-    log = home / "up.log"
-    started = time.monotonic()
-    with process(argv, f"http://127.0.0.1:{page}/", log, variables) as child:
-        page_s = time.monotonic() - started
-        wait_for(f"http://127.0.0.1:{api}/readyz", child, log, 240)
-        ready_s = time.monotonic() - started
-        yield Product(f"http://127.0.0.1:{api}", f"http://127.0.0.1:{page}", home, child.pid, ready_s, page_s)
-
-
-@contextmanager
-def bare_vllm(model: Path, context_length: int, log: Path, env: Mapping[str, str]) -> Iterator[str]:
-    """vLLM's own OpenAI server with the arguments the product gives its engine. Yields its URL."""
-    port = free_port()
-    argv = (
-        sys.executable, "-m", "vllm.entrypoints.openai.api_server",
-        "--model", str(model), "--served-model-name", "bare", "--host", "127.0.0.1", "--port", str(port),
-        "--dtype", "bfloat16", "--max-model-len", str(context_length), "--max-num-seqs", "64", "--enforce-eager",
-        "--disable-uvicorn-access-log",
-    )  # fmt: skip
-    with process(argv, f"http://127.0.0.1:{port}/health", log, env):
-        yield f"http://127.0.0.1:{port}"
+def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, token: str, log: Path) -> str:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    with httpx.Client(base_url=url, headers={"authorization": f"Bearer {token}"}, timeout=5.0) as client:
+        while time.monotonic() < deadline:
+            if process.poll() is not None:
+                raise RuntimeError(f"the fleet exited with {process.returncode}:\n{log.read_text()[-3000:]}")
+            try:
+                if client.get("/readyz").status_code == 200:
+                    return str(client.get("/v1/model").json()["id"])
+            except httpx.HTTPError:
+                pass
+            time.sleep(0.2)
+    raise RuntimeError(f"the fleet was not ready within {START_TIMEOUT_S} s:\n{log.read_text()[-3000:]}")

@@ -1,0 +1,57 @@
+"""Fixtures for every test folder: free ports, the home shared by test runs, engine fleets.
+
+`scripted_fleet` and `vllm_fleet` start once per session; their type is `tests.processes.Fleet`.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from onebox.settings import Settings
+from tests.processes import ROOT, Fleet, FleetSpec, pick_free_port, run_fleet
+
+TEST_MODEL = "smollm2-135m"
+FETCH = "from onebox.settings import read_settings; from serving.models import resolve; resolve(read_settings())"
+
+
+@pytest.fixture(scope="session")
+def free_port() -> Callable[[], int]:
+    """A function that picks a free loopback port."""
+    return pick_free_port
+
+
+@pytest.fixture(scope="session")
+def test_home() -> Path:
+    """The `ONEBOX_HOME` that keeps models between test runs: `ONEBOX_TEST_HOME` or `~/.cache/onebox-test`."""
+    home = Path(os.environ.get("ONEBOX_TEST_HOME", "~/.cache/onebox-test")).expanduser()
+    home.mkdir(parents=True, exist_ok=True)
+    return home
+
+
+@pytest.fixture(scope="session")
+def smollm2_settings(test_home: Path) -> Settings:
+    """Settings of a real engine with the tests' small model, which is fetched when it is not there."""
+    environment = os.environ | {"ONEBOX_HOME": str(test_home), "ONEBOX_MODEL": TEST_MODEL}
+    environment.pop("ONEBOX_TEST_HOME", None)
+    subprocess.run([sys.executable, "-c", FETCH], cwd=ROOT, env=environment, check=True)
+    return Settings.model_validate({"home": test_home, "engine": "vllm", "model": TEST_MODEL})
+
+
+@pytest.fixture(scope="session")
+def scripted_fleet(test_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """One scripted engine behind Ray Serve in its default ingress mode."""
+    spec = FleetSpec({"home": str(test_home), "engine": "scripted"})
+    with run_fleet(spec, tmp_path_factory.mktemp("fleet") / "fleet.log") as fleet:
+        yield fleet
+
+
+@pytest.fixture(scope="session")
+def vllm_fleet(smollm2_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """A real vLLM engine with the tests' small model behind Ray Serve's HAProxy. Mark its users `engine`."""
+    values = {"home": str(smollm2_settings.home), "engine": "vllm", "model": TEST_MODEL, "engine_ingress": "haproxy"}
+    with run_fleet(FleetSpec(values), tmp_path_factory.mktemp("fleet") / "fleet.log") as fleet:
+        yield fleet
