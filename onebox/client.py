@@ -4,7 +4,7 @@ It speaks HTTP and nothing else; errors come out as `onebox.errors`, replies as 
 `agents.api`; the shapes of a stored conversation are in `onebox.records`.
 """
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from types import TracebackType
 from typing import Literal, Self, TypeVar
@@ -74,7 +74,7 @@ class Client:
         max_tokens: int | None = None,
         temperature: float | None = None,
         seed: int | None = None,
-    ) -> AsyncIterator[Event]:
+    ) -> AsyncGenerator[Event, None]:
         """The reply as events: `Accepted`, `Routed`, then what the run yields, then one terminal event.
 
         Close the iterator early (`aclosing`) and the gateway stops the engine. A reply that breaks off after its
@@ -83,10 +83,12 @@ class Client:
         body = _chat_body(
             messages, model, conversation, regenerate, edit, params or {}, max_tokens, temperature, seed, stream=True
         )
-        async with self._open("POST", "/v1/chat/completions", body) as response:
-            async with aclosing(_sse_data(response)) as lines:
-                async for event in _chat_events(lines):
-                    yield event
+        async with (
+            self._open("POST", "/v1/chat/completions", body) as response,
+            aclosing(_sse_data(response)) as lines,
+        ):
+            async for event in _chat_events(lines):
+                yield event
 
     async def complete(
         self,
@@ -271,7 +273,7 @@ def _chat_body(
     return body
 
 
-async def _sse_data(response: httpx.Response) -> AsyncIterator[bytes]:
+async def _sse_data(response: httpx.Response) -> AsyncGenerator[bytes, None]:
     """The `data:` payloads of a stream of server-sent events."""
     rest = b""
     async for chunk in response.aiter_raw():

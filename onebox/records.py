@@ -42,7 +42,7 @@ class Turn:
 
     id: str
     user: str
-    created: float = 0.0
+    created: float | str = 0.0
     variants: tuple[Variant, ...] = ()
     chosen: int = 0
 
@@ -53,8 +53,8 @@ class Conversation:
 
     id: str
     title: str | None = None
-    created: float = 0.0
-    updated: float = 0.0
+    created: float | str = 0.0
+    updated: float | str = 0.0
     turns: tuple[Turn, ...] = ()
 
 
@@ -64,8 +64,8 @@ class ConversationSummary:
 
     id: str
     title: str | None = None
-    created: float = 0.0
-    updated: float = 0.0
+    created: float | str = 0.0
+    updated: float | str = 0.0
     turns: int = 0
 
 

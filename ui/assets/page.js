@@ -1,0 +1,160 @@
+// The page's own behaviour: what needs no server (menus, theme, starters), and the way of clicks on the page's own
+// markup to Gradio (`onebox_ask`, `onebox_act`, set by the bridge component).
+(() => {
+  "use strict";
+  const store = {
+    get: (key) => { try { return localStorage.getItem("onebox." + key); } catch { return null; } },
+    set: (key, value) => { try { localStorage.setItem("onebox." + key, value); } catch { /* private window */ } },
+  };
+  const $ = (selector) => document.querySelector(selector);
+  window.onebox = { language: () => store.get("lang") };
+
+  const setTheme = (dark) => document.body.classList.toggle("dark", dark);
+  const systemDark = matchMedia("(prefers-color-scheme: dark)");
+  const applyTheme = () => {
+    const saved = store.get("theme");
+    setTheme(saved ? saved === "dark" : systemDark.matches);
+  };
+  systemDark.addEventListener("change", applyTheme);
+
+  const fill = (text) => {
+    const box = $("#ob-input textarea");
+    if (!box) return;
+    box.value = text;
+    box.dispatchEvent(new Event("input", { bubbles: true }));
+    box.focus();
+    box.setSelectionRange(text.length, text.length);
+  };
+
+  const sidebar = (open) => {
+    document.body.classList.toggle("ob-side-open", open);
+    const target = open ? $("#ob-side .ob-new") : $(".ob-burger");
+    if (target && target.offsetParent) target.focus();
+  };
+
+  const rename = (id) => {
+    const row = $(`#ob-list li[data-id="${CSS.escape(id)}"]`);
+    const button = row && row.querySelector(".ob-open");
+    if (!button) return;
+    const input = document.createElement("input");
+    input.className = "ob-rename";
+    input.value = button.textContent;
+    input.setAttribute("aria-label", button.textContent);
+    button.replaceWith(input);
+    let done = false;
+    const finish = (keep) => {
+      if (done) return;
+      done = true;
+      const title = input.value.trim();
+      input.replaceWith(button);
+      if (keep && title && title !== button.textContent) window.onebox_act({ ob: "rename", id, title });
+    };
+    input.addEventListener("keydown", (event) => {
+      if (event.isComposing) return;
+      if (event.key === "Enter") finish(true);
+      if (event.key === "Escape") finish(false);
+    });
+    input.addEventListener("blur", () => finish(true));
+    input.focus();
+    input.select();
+  };
+
+  const local = {
+    starter: (data) => fill(data.text),
+    dismiss: (_, button) => { const box = button.closest(".ob-notice"); if (box) box.remove(); },
+    sidebar: () => sidebar(!document.body.classList.contains("ob-side-open")),
+    theme: () => {
+      const dark = !document.body.classList.contains("dark");
+      store.set("theme", dark ? "dark" : "light");
+      setTheme(dark);
+    },
+    language: (data) => { store.set("lang", data.lang); window.onebox_act({ ob: "language", lang: data.lang }); },
+    copy: async (data, button) => {
+      try {
+        await navigator.clipboard.writeText(data.text);
+      } catch {
+        const area = document.createElement("textarea");
+        area.value = data.text;
+        document.body.append(area);
+        area.select();
+        document.execCommand("copy");
+        area.remove();
+        button.focus();
+      }
+      button.classList.add("done");
+      announce($("#ob-beacon [data-copied]")?.dataset.copied ?? "");
+      setTimeout(() => button.classList.remove("done"), 1500);
+    },
+    rename: (data) => rename(data.id),
+    delete: (data, button) => {
+      if (button.dataset.sure) window.onebox_act({ ob: "delete", id: data.id });
+      else { button.dataset.sure = "1"; button.textContent = data.confirm; }
+    },
+  };
+
+  document.addEventListener("click", (event) => {
+    const target = event.target instanceof Element ? event.target : null;
+    if (!target) return;
+    const inside = target.closest("details.ob-chip, details.ob-more");
+    for (const open of document.querySelectorAll("details.ob-chip[open], details.ob-more[open]")) {
+      if (open !== inside) open.removeAttribute("open");
+    }
+    const button = target.closest("[data-ob], [data-ob-local]");
+    if (!button || button.closest(".prose")) return;
+    const data = { ...button.dataset };
+    const keep = data.obLocal === "delete" && !data.sure;
+    if (inside && !keep) inside.removeAttribute("open");
+    if (data.obLocal) local[data.obLocal]?.(data, button);
+    else if (data.ob === "route" || data.ob === "retry") window.onebox_ask(data);
+    else {
+      window.onebox_act(data);
+      if (data.ob === "open" || data.ob === "new") { document.body.classList.remove("ob-side-open"); $("#ob-input textarea")?.focus(); }
+    }
+  });
+
+  document.addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || event.isComposing) return;
+    const open = document.querySelector("details.ob-chip[open], details.ob-more[open]");
+    if (open) { open.removeAttribute("open"); open.querySelector("summary")?.focus(); return; }
+    if (document.body.classList.contains("ob-side-open")) { sidebar(false); return; }
+    const stop = $("#ob-stop");
+    if (stop && stop.offsetParent) stop.click();
+  });
+
+  const live = document.createElement("div");
+  live.className = "ob-sr";
+  live.setAttribute("role", "status");
+  live.setAttribute("aria-live", "polite");
+
+  const announce = (text) => {
+    live.textContent = "";
+    if (text) setTimeout(() => { live.textContent = text; }, 50);
+  };
+
+  let seen = "";
+  const read = () => {
+    const mark = $("#ob-beacon [data-state]");
+    if (!mark || mark.outerHTML === seen) return;
+    seen = mark.outerHTML;
+    const { c, state, lang, chatLabel } = mark.dataset;
+    document.documentElement.lang = lang;
+    document.body.dataset.obState = state;
+    const url = new URL(location.href);
+    if (c) url.searchParams.set("c", c);
+    else if (state === "idle") url.searchParams.delete("c");
+    history.replaceState(history.state, "", url);
+    announce(mark.dataset.announce);
+    const log = $("#ob-chat [role=log]");
+    if (log) { log.setAttribute("aria-live", "off"); log.setAttribute("aria-label", chatLabel); }
+    document.body.classList.add("ob-ready");
+  };
+
+  const start = () => {
+    document.body.append(live);
+    applyTheme();
+    new MutationObserver(read).observe(document.body, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-state", "data-c", "data-announce", "data-lang"] });
+    read();
+  };
+  if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
+  else start();
+})();

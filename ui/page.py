@@ -1,0 +1,445 @@
+"""The Gradio page: layout and wiring. What happens on an event is `ui.chat`, what it looks like is `ui.render`.
+
+The browser keeps the id of the open conversation and sends it with every event, so a restarted page process goes on
+where the old one stopped; everything else is fetched from the API.
+"""
+
+import logging
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import aclosing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+import gradio as gr
+from gradio.components.chatbot import Message, MessageDict
+from pydantic import BaseModel, ValidationError
+
+from onebox.client import Client
+from onebox.errors import OneboxError, UnknownConversation
+from onebox.records import Conversation, ConversationSummary, Readiness, TaskInfo
+from ui import render
+from ui.chat import Ask, Chat, Update
+from ui.commands import Command, UnknownCommand, parse_command
+from ui.strings import Strings, pick_language, strings
+
+logger = logging.getLogger(__name__)
+
+ASSETS = Path(__file__).parent / "assets"
+LIST_LENGTH = 100
+BRIDGE_JS = """
+window.onebox_ask = (data) => trigger('ask', data);
+window.onebox_act = (data) => trigger('act', data);
+"""
+TASK_MENU = """<label class="ob-sr" for="ob-task-select">${label}</label>
+<select id="ob-task-select" aria-label="${label}">${options.map((o) =>
+`<option value="${o[0]}" ${o[0] === value ? 'selected' : ''}>${o[1]}</option>`).join('')}</select>"""
+TASK_MENU_JS = "element.addEventListener('change', (event) => { props.value = event.target.value; });"
+BOOT_JS = "() => [JSON.stringify({c: new URLSearchParams(location.search).get('c'), lang: window.onebox.language()})]"
+
+Outputs = dict[gr.Component, object]
+
+
+class Boot(BaseModel):
+    """What the browser tells at load."""
+
+    c: str | None = None
+    lang: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """What the API said about itself at the last load."""
+
+    tasks: tuple[TaskInfo, ...]
+    rows: tuple[ConversationSummary, ...]
+    readiness: Readiness
+
+
+class Page:
+    """Event handlers over one client, and the components they draw on."""
+
+    def __init__(self, client: Client, chat: Chat, stop: Callable[[str], bool]) -> None:
+        self._client = client
+        self._chat = chat
+        self._stop = stop
+        self._tasks: tuple[TaskInfo, ...] = ()
+        self.blocks = gr.Blocks(title="Onebox", analytics_enabled=False, fill_width=True)
+        self._layout()
+
+    def _layout(self) -> None:
+        with self.blocks:
+            self.bridge = gr.HTML("", js_on_load=BRIDGE_JS, elem_id="ob-bridge")
+            self.beacon = gr.HTML("", elem_id="ob-beacon", js_on_load=None)
+            self.boot = gr.Textbox(visible="hidden", label="boot")
+            self.lang = gr.Textbox("en", visible="hidden", label="language")
+            self.current = gr.Textbox(visible="hidden", label="conversation")
+            self.shown = gr.State({})
+            self.timer = gr.Timer(2.0, active=False)
+            with gr.Row(elem_id="ob-app"):
+                with gr.Column(elem_id="ob-side", scale=0):
+                    self.side = gr.HTML("", js_on_load=None, elem_id="ob-list")
+                with gr.Column(elem_id="ob-main"):
+                    self.top = gr.HTML("", js_on_load=None, elem_id="ob-topbar")
+                    self.banner = gr.HTML("", js_on_load=None, elem_id="ob-banner")
+                    self.hello = gr.HTML("", js_on_load=None, elem_id="ob-hello")
+                    self.chatbot = gr.Chatbot(
+                        elem_id="ob-chat",
+                        container=False,
+                        show_label=False,
+                        height=None,
+                        editable="user",
+                        buttons=["copy"],
+                        sanitize_html=True,
+                        allow_tags=False,
+                        layout="bubble",
+                        group_consecutive_messages=True,
+                        latex_delimiters=[
+                            {"left": "$$", "right": "$$", "display": True},
+                            {"left": "\\(", "right": "\\)", "display": False},
+                            {"left": "\\[", "right": "\\]", "display": True},
+                        ],
+                    )
+                    with gr.Column(elem_id="ob-composer"):
+                        self.notice = gr.HTML("", js_on_load=None, elem_id="ob-notice")
+                        with gr.Column(elem_id="ob-box"):
+                            self.box = gr.Textbox(
+                                elem_id="ob-input",
+                                show_label=False,
+                                container=False,
+                                lines=1,
+                                max_lines=10,
+                                autofocus=True,
+                            )
+                            with gr.Row(elem_id="ob-actions"):
+                                self.task = gr.HTML(
+                                    "auto",
+                                    html_template=TASK_MENU,
+                                    js_on_load=TASK_MENU_JS,
+                                    elem_id="ob-task",
+                                    apply_default_css=False,
+                                    label="",
+                                    options=[],
+                                )
+                                self.send = gr.Button("", elem_id="ob-send", scale=0, min_width=40)
+                                self.stop = gr.Button("", elem_id="ob-stop", scale=0, min_width=40, visible=False)
+            self._wire(self.blocks)
+
+    def _wire(self, blocks: gr.Blocks) -> None:
+        loaded: list[gr.Component] = [
+            self.side, self.top, self.banner, self.hello, self.chatbot, self.box, self.task, self.send, self.stop,
+            self.lang, self.current, self.shown, self.beacon, self.timer, self.notice,
+        ]  # fmt: skip
+        place: list[gr.Component] = [self.current, self.lang, self.shown]
+        blocks.load(
+            self.load, [self.boot], loaded, js=BOOT_JS,
+            show_progress="hidden", api_visibility="private", concurrency_limit=None,
+        )  # fmt: skip
+        self.timer.tick(
+            self.tick, place, loaded, show_progress="hidden", api_visibility="private", concurrency_limit=None
+        )
+        gr.on(
+            [self.box.submit, self.send.click], self.on_send, [*place, self.box, self.task], loaded,
+            show_progress="hidden", api_visibility="private", concurrency_limit=None,
+        )  # fmt: skip
+        for event, ask in (
+            (self.chatbot.retry, self.on_retry),
+            (self.chatbot.edit, self.on_edit),
+            (self.bridge.ask, self.on_ask),
+        ):
+            event(ask, place, loaded, show_progress="hidden", api_visibility="private", concurrency_limit=None)
+        self.bridge.act(
+            self.on_act, place, loaded,
+            show_progress="hidden", api_visibility="private", concurrency_limit=None, trigger_mode="multiple",
+        )  # fmt: skip
+        self.chatbot.like(
+            self.on_like, place, None,
+            show_progress="hidden", api_visibility="private", concurrency_limit=None, trigger_mode="multiple",
+        )  # fmt: skip
+        self.stop.click(
+            self.on_stop, None, None,
+            show_progress="hidden", api_visibility="private", queue=False, trigger_mode="multiple",
+        )  # fmt: skip
+        blocks.unload(self.on_leave)
+
+    async def _box(self) -> Box:
+        readiness = await self._client.readiness()
+        try:
+            self._tasks = tuple(await self._client.tasks())
+            rows = (await self._client.conversations(limit=LIST_LENGTH)).data
+        except OneboxError:
+            logger.info("The API cannot be read yet", exc_info=True)
+            return Box(self._tasks, (), Readiness(False, readiness.store, readiness.engine))
+        return Box(self._tasks, rows, readiness)
+
+    async def load(self, boot: str, request: gr.Request) -> Outputs:
+        """Draw everything: at load, and when the box has become ready."""
+        try:
+            wanted = Boot.model_validate_json(boot or "{}")
+        except ValidationError:
+            wanted = Boot()
+        words = strings(pick_language(wanted.lang, request.headers.get("accept-language")))
+        box = await self._box()
+        return {**self._frame(box, words), **await self._open(wanted.c, words, {}, box)}
+
+    async def tick(self, current: str, lang: str, shown: Mapping[str, int]) -> Outputs:
+        """While the box is not ready: look again."""
+        words = strings(lang)
+        box = await self._box()
+        if not box.readiness.ready:
+            return {self.banner: render.banner(box.readiness, words)}
+        return {
+            self.banner: "",
+            self.timer: gr.Timer(active=False),
+            self.side: render.sidebar(box.rows, current or None, words),
+            self.hello: gr.skip() if current else render.welcome(box.tasks, words),
+            self.task: self._menu(words),
+        }
+
+    def _frame(self, box: Box, words: Strings) -> Outputs:
+        return {
+            self.banner: render.banner(box.readiness, words),
+            self.timer: gr.Timer(active=not box.readiness.ready),
+            self.lang: words.lang,
+            self.box: gr.Textbox(placeholder=words.placeholder, label=words.message_label),
+            self.send: gr.Button(words.send, visible=True),
+            self.stop: gr.Button(words.stop, visible=False),
+            self.task: self._menu(words),
+        }
+
+    def _menu(self, words: Strings) -> gr.HTML:
+        titles = [[task.name, render.task_title(task.name, self._tasks, words)] for task in self._tasks]
+        return gr.HTML(options=[["auto", words.auto], *titles], label=words.task_menu)
+
+    async def _open(self, wanted: str | None, words: Strings, shown: Mapping[str, int], box: Box) -> Outputs:
+        conversation: Conversation | None = None
+        outputs: Outputs = {self.notice: ""}
+        if wanted:
+            try:
+                conversation = await self._client.conversation(wanted)
+            except UnknownConversation:
+                outputs[self.notice] = render.notice(words.error_gone, words)
+            except OneboxError as error:
+                outputs[self.notice] = render.notice(render.friendly(error.code, words), words)
+        return {**outputs, **self._opened(conversation, words, shown, box.rows)}
+
+    def _opened(
+        self,
+        conversation: Conversation | None,
+        words: Strings,
+        shown: Mapping[str, int],
+        rows: tuple[ConversationSummary, ...],
+        live: Update | None = None,
+        announce: str = "",
+    ) -> Outputs:
+        """The outputs that depend on which conversation is open and that nothing runs."""
+        current = conversation.id if conversation else None
+        return {
+            self.side: render.sidebar(rows, current, words),
+            self.top: render.topbar((conversation.title or "") if conversation else "", words),
+            self.hello: "" if conversation else render.welcome(self._tasks, words),
+            self.chatbot: self._drawn(conversation, words, shown, live),
+            self.current: current or "",
+            self.shown: dict(shown),
+            self.beacon: render.beacon(conversation, "idle", words, announce),
+        }
+
+    def _drawn(
+        self, conversation: Conversation | None, words: Strings, shown: Mapping[str, int], live: Update | None = None
+    ) -> gr.Chatbot:
+        if conversation is None:
+            return gr.Chatbot(value=[], feedback_value=[])
+        thumbs: list[str | None] = []
+        for turn in conversation.turns:
+            variant = turn.variants[render.shown_variant(turn, shown)] if turn.variants else None
+            thumb = variant.feedback if variant else None
+            thumbs.append(thumb.capitalize() if thumb else None)
+        value = render.messages(conversation, self._tasks, words, shown, live)
+        # Gradio's type of a message names no ready-made component parts, which it takes and which cost it less.
+        return gr.Chatbot(value=cast(list[MessageDict | Message], value), feedback_value=thumbs)
+
+    async def on_send(
+        self, current: str, lang: str, shown: dict[str, int], text: str, task: str, request: gr.Request
+    ) -> AsyncGenerator[Outputs, None]:
+        """Send what is in the box."""
+        words = strings(lang)
+        text = text.strip()
+        if not text:
+            return
+        command = parse_command(text, self._tasks)
+        if isinstance(command, UnknownCommand):
+            known = ", ".join(f"/{name.name}" for name in self._tasks)
+            message = words.unknown_command.format(name=command.name, known=known)
+            yield {self.notice: render.notice(message, words)}
+            return
+        if isinstance(command, Command):
+            if not command.text:
+                yield {self.notice: render.notice(words.empty_command.format(name=command.task), words)}
+                return
+            text, task = command.text, command.task
+        ask = Ask(current or None, text, model=task or "auto")
+        async with aclosing(self._run(ask, words, shown, request)) as outputs:
+            first = True
+            async for output in outputs:
+                yield {self.box: "", **output} if first else output
+                first = False
+
+    async def on_retry(
+        self, current: str, lang: str, shown: dict[str, int], request: gr.Request
+    ) -> AsyncGenerator[Outputs, None]:
+        """Answer the last turn again."""
+        async with aclosing(self._again(current, "auto", strings(lang), shown, request)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def on_ask(
+        self, current: str, lang: str, shown: dict[str, int], request: gr.Request, event: gr.EventData
+    ) -> AsyncGenerator[Outputs, None]:
+        """Answer the last turn again, as another task if one was picked on the chip."""
+        task = str(event.task) if event.ob == "route" else "auto"
+        async with aclosing(self._again(current, task, strings(lang), shown, request)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def on_edit(
+        self, current: str, lang: str, shown: dict[str, int], request: gr.Request, event: gr.EditData
+    ) -> AsyncGenerator[Outputs, None]:
+        """Replace a message of the visitor's and what came after it."""
+        words = strings(lang)
+        number = _message_number(event.index) // 2
+        text = _plain(event.value).strip()
+        try:
+            turns = (await self._client.conversation(current)).turns
+        except OneboxError as error:
+            yield {self.notice: render.notice(render.friendly(error.code, words), words)}
+            return
+        if not text or number >= len(turns):
+            return
+        ask = Ask(current, text, edit=turns[number].id)
+        async with aclosing(self._run(ask, words, shown, request)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def _again(
+        self, current: str, model: str, words: Strings, shown: dict[str, int], request: gr.Request
+    ) -> AsyncGenerator[Outputs, None]:
+        if current:
+            ask = Ask(current, model=model, regenerate=True)
+            async with aclosing(self._run(ask, words, shown, request)) as outputs:
+                async for output in outputs:
+                    yield output
+
+    async def _run(
+        self, ask: Ask, words: Strings, shown: dict[str, int], request: gr.Request
+    ) -> AsyncGenerator[Outputs, None]:
+        session = request.session_hash or ""
+        started = False
+        async with aclosing(self._chat.answer(session, ask)) as updates:
+            async for update in updates:
+                conversation = update.conversation
+                if conversation and conversation.turns:
+                    shown = {key: value for key, value in shown.items() if key != conversation.turns[-1].id}
+                if not update.running:
+                    yield await self._finished(update, ask, words, shown)
+                    return
+                outputs: Outputs = {}
+                if conversation is not None:
+                    outputs[self.chatbot] = render.messages(conversation, self._tasks, words, shown, update)
+                elif update.waiting_s is not None:
+                    outputs[self.notice] = render.notice(words.waiting.format(seconds=update.waiting_s), words)
+                if not started:
+                    started = True
+                    outputs |= {
+                        self.send: gr.Button(visible=False),
+                        self.stop: gr.Button(visible=True),
+                        self.hello: "",
+                        self.beacon: render.beacon(conversation, "running", words),
+                    }
+                    outputs.setdefault(self.notice, "")
+                yield outputs
+
+    async def _finished(self, update: Update, ask: Ask, words: Strings, shown: dict[str, int]) -> Outputs:
+        outputs: Outputs = {self.send: gr.Button(visible=True), self.stop: gr.Button(visible=False), self.notice: ""}
+        if update.unsent:
+            outputs[self.box] = ask.text
+            outputs[self.notice] = render.notice(words.waiting_stopped, words)
+        if update.problem is not None:
+            outputs[self.notice] = render.notice(render.friendly(update.problem.code, words), words)
+        conversation = update.conversation
+        if conversation is None:
+            welcome = "" if ask.conversation else render.welcome(self._tasks, words)
+            return {**outputs, self.beacon: render.beacon(None, "idle", words), self.hello: welcome}
+        state = "completed"
+        if conversation.turns and conversation.turns[-1].variants:
+            state = conversation.turns[-1].variants[-1].state
+        announce = {"failed": words.announce_failed, "stopped": words.announce_stopped}.get(state, words.announce_done)
+        rows = await self._rows()
+        return {**outputs, **self._opened(conversation, words, shown, rows, update, announce)}
+
+    async def _rows(self) -> tuple[ConversationSummary, ...]:
+        try:
+            return (await self._client.conversations(limit=LIST_LENGTH)).data
+        except OneboxError:
+            logger.info("The list of conversations cannot be read", exc_info=True)
+            return ()
+
+    async def on_act(
+        self, current: str, lang: str, shown: dict[str, int], request: gr.Request, event: gr.EventData
+    ) -> Outputs:
+        """What the sidebar and the arrows between variants ask for."""
+        words = strings(lang)
+        try:
+            match event.ob:
+                case "variant":
+                    shown = {**shown, str(event.turn): int(event.to)}
+                    conversation = await self._client.conversation(current)
+                    return {self.chatbot: self._drawn(conversation, words, shown), self.shown: shown}
+                case "language":
+                    words = strings(str(event.lang))
+                    box = await self._box()
+                    return {**self._frame(box, words), **await self._open(current, words, shown, box)}
+                case "rename":
+                    await self._client.rename_conversation(str(event.id), str(event.title).strip() or words.untitled)
+                case "delete":
+                    await self._client.delete_conversation(str(event.id))
+                    current = "" if current == event.id else current
+                case "open":
+                    current = str(event.id)
+                case "new":
+                    current = ""
+        except OneboxError as error:
+            return {self.notice: render.notice(render.friendly(error.code, words), words)}
+        if event.ob in ("open", "new"):
+            self._stop(request.session_hash or "")
+        box = Box(self._tasks, await self._rows(), Readiness(True, "ok", "ready"))
+        return await self._open(current, words, {}, box)
+
+    async def on_like(self, current: str, lang: str, shown: dict[str, int], event: gr.LikeData) -> None:
+        """Store a thumb."""
+        turn = (await self._client.conversation(current)).turns[_message_number(event.index) // 2]
+        variant = turn.variants[render.shown_variant(turn, shown)]
+        value = {True: "like", False: "dislike", "Like": "like", "Dislike": "dislike"}.get(event.liked)
+        await self._client.feedback(
+            current, variant.run_id, "like" if value == "like" else "dislike" if value == "dislike" else None
+        )
+
+    def on_stop(self, request: gr.Request) -> None:
+        """End the session's stream; the stream itself draws its end."""
+        self._stop(request.session_hash or "")
+
+    def on_leave(self, request: gr.Request) -> None:
+        """The browser is gone: nobody reads the stream any more."""
+        self._stop(request.session_hash or "")
+
+
+def _message_number(index: int | tuple[int, int]) -> int:
+    return index if isinstance(index, int) else index[0]
+
+
+def _plain(value: object) -> str:
+    """The text of an edited message, whichever of Gradio's shapes it comes in."""
+    if isinstance(value, list):
+        return "\n".join(_plain(part) for part in value)
+    if isinstance(value, dict):
+        return str(value.get("text") or value.get("content") or "")
+    return str(value)

@@ -1,0 +1,336 @@
+"""Conversations as what Gradio shows: chatbot messages and the page's own markup.
+
+Text of models goes only into chatbot text parts, which Gradio sanitizes; every value put into markup here is escaped.
+"""
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Literal, TypedDict
+
+from onebox.events import Check
+from onebox.records import Conversation, ConversationSummary, Problem, Readiness, TaskInfo, Turn, Variant
+from ui.chat import PENDING, Update
+from ui.strings import Strings
+
+STARTERS = 4
+
+
+class TextPart(TypedDict):
+    """Markdown, sanitized in the browser."""
+
+    type: Literal["text"]
+    text: str
+
+
+class HtmlPart(TypedDict):
+    """The page's own markup inside a message."""
+
+    type: Literal["component"]
+    component: Literal["html"]
+    value: str
+    constructor_args: dict[str, object]
+    props: dict[str, object]
+
+
+class ChatMessage(TypedDict):
+    """One message of `gr.Chatbot`."""
+
+    role: Literal["user", "assistant"]
+    content: list[TextPart | HtmlPart]
+
+
+def attributes(**values: str) -> str:
+    """Escaped `data-*` attributes."""
+    return " ".join(f'data-{name.replace("_", "-")}="{escape(value)}"' for name, value in values.items())
+
+
+def task_title(name: str, tasks: Sequence[TaskInfo], words: Strings) -> str:
+    """The task's name in the page's language."""
+    found = next((task.title for task in tasks if task.name == name), {})
+    return found.get(words.lang) or found.get("en") or name
+
+
+def shown_variant(turn: Turn, shown: Mapping[str, int]) -> int:
+    """Index of the variant on display: the one picked with the arrows, else the one that counts."""
+    return max(0, min(shown.get(turn.id, turn.chosen), len(turn.variants) - 1))
+
+
+def messages(
+    conversation: Conversation,
+    tasks: Sequence[TaskInfo],
+    words: Strings,
+    shown: Mapping[str, int],
+    live: Update | None = None,
+) -> list[ChatMessage]:
+    """Two messages per turn: message 2i is the user's of turn i, 2i+1 the answer on display.
+
+    `live` adds what only the running exchange knows to the last turn.
+    """
+    result: list[ChatMessage] = []
+    for number, turn in enumerate(conversation.turns):
+        last = number == len(conversation.turns) - 1
+        result.append({"role": "user", "content": [_text(turn.user)]})
+        index = shown_variant(turn, shown)
+        if turn.variants:
+            content = _answer(turn, index, tasks, words, live if last else None, last)
+        else:
+            content = [_html(_note(words.stopped))]
+        result.append({"role": "assistant", "content": content})
+    return result
+
+
+def _answer(
+    turn: Turn, index: int, tasks: Sequence[TaskInfo], words: Strings, live: Update | None, last: bool
+) -> list[TextPart | HtmlPart]:
+    variant = turn.variants[index]
+    content: list[TextPart | HtmlPart] = []
+    if variant.route is not None or variant.task or len(turn.variants) > 1:
+        content.append(_html(_chip(turn, index, tasks, words, last)))
+    if variant.text:
+        content.append(_text(variant.text))
+    running = live is not None and live.running
+    if variant.state == "running" and not variant.text:
+        content.append(_html(_waiting(live, words) if running else _note(words.running_elsewhere)))
+    elif variant.state == "stopped":
+        content.append(_html(_note(words.stopped)))
+    elif variant.state == "failed":
+        content.append(_html(problem(variant.error or Problem("internal_error", ""), words, retry=last)))
+    if live is not None and not running:
+        if live.cut:
+            content.append(_html(_note(words.cut)))
+        if live.checks:
+            content.append(_html(_checks(live.checks, words)))
+    if variant.text and not running:
+        content.append(_html(_copy(variant.text, words)))
+    return content or [_html(_note(words.stopped))]
+
+
+def _text(text: str) -> TextPart:
+    return {"type": "text", "text": text}
+
+
+def _html(markup: str) -> HtmlPart:
+    props: dict[str, object] = {"html_template": "${value}", "css_template": "", "js_on_load": None, "padding": False}
+    return {
+        "type": "component",
+        "component": "html",
+        "value": markup,
+        "constructor_args": props,
+        "props": {**props, "value": markup, "apply_default_css": False},
+    }
+
+
+def _copy(text: str, words: Strings) -> str:
+    """Gradio offers its own copy button for messages of text alone."""
+    shapes = '<rect x="5" y="5" width="9" height="9" rx="2"/><path d="M11 2H4a2 2 0 0 0-2 2v7"/>'
+    return (
+        f'<div class="ob-foot"><button type="button" {attributes(ob_local="copy", text=text)} '
+        f'title="{escape(words.copy)}" aria-label="{escape(words.copy)}"><svg viewBox="0 0 16 16">{shapes}</svg></button></div>'
+    )
+
+
+def _note(text: str) -> str:
+    return f'<p class="ob-note">{escape(text)}</p>'
+
+
+def _waiting(live: Update | None, words: Strings) -> str:
+    progress = live.progress if live else None
+    if live is not None and live.waiting_s is not None:
+        label = words.waiting.format(seconds=live.waiting_s)
+    elif progress is not None:
+        label = words.progress.format(label=progress.label, done=progress.done, total=progress.total)
+    else:
+        return (
+            f'<p class="ob-wait"><span class="ob-dots" aria-hidden="true"><i></i><i></i><i></i></span>'
+            f'<span class="ob-sr">{escape(words.thinking)}</span></p>'
+        )
+    share = 100 * progress.done / progress.total if progress and progress.total else 0
+    bar = f'<span class="ob-bar"><i style="width:{share:.0f}%"></i></span>' if progress else ""
+    return (
+        f'<p class="ob-wait"><span class="ob-dots" aria-hidden="true"><i></i><i></i><i></i></span>'
+        f"<span>{escape(label)}</span></p>{bar}"
+    )
+
+
+def _checks(checks: Sequence[Check], words: Strings) -> str:
+    rows = "".join(
+        f'<li class="{"ok" if check.passed else "bad"}" title="{escape(check.detail)}">'
+        f'<span class="ob-sr">{escape(words.check_passed if check.passed else words.check_failed)}: </span>'
+        f"{escape(check.name)}</li>"
+        for check in checks
+    )
+    return f'<ul class="ob-checks">{rows}</ul>'
+
+
+def _chip(turn: Turn, index: int, tasks: Sequence[TaskInfo], words: Strings, last: bool) -> str:
+    variant = turn.variants[index]
+    name = _chip_name(variant, tasks, words)
+    parts: list[str] = []
+    unsure = bool(variant.route and variant.route.ask)
+    mark = f'<span class="ob-unsure" title="{escape(words.unsure)}">?</span>' if unsure else ""
+    if last and turn.id != PENDING and tasks and variant.state != "running":
+        rows = "".join(_other_task(variant, task, words) for task in tasks)
+        parts.append(
+            f'<details class="ob-chip"><summary title="{escape(words.chip_hint)}">{escape(name)}{mark}</summary>'
+            f'<div class="ob-menu"><p>{escape(words.chip_again)}</p>{rows}</div></details>'
+        )
+    elif name:
+        parts.append(f'<span class="ob-chip"><span class="ob-pill">{escape(name)}{mark}</span></span>')
+    total = len(turn.variants)
+    if total > 1:
+        parts.append(
+            '<span class="ob-variants">'
+            f"{_step(turn, index - 1, total, words.previous_variant, '‹')}"
+            f"<span>{escape(words.variant.format(number=index + 1, total=total))}</span>"
+            f"{_step(turn, index + 1, total, words.next_variant, '›')}</span>"
+        )
+    return f'<div class="ob-chips">{"".join(parts)}</div>'
+
+
+def _chip_name(variant: Variant, tasks: Sequence[TaskInfo], words: Strings) -> str:
+    route = variant.route
+    if route is None:
+        return task_title(variant.task, tasks, words) if variant.task else words.raw
+    name = " → ".join(task_title(step, tasks, words) for step in (route.plan or (route.task,)))
+    if route.tier == "explicit":
+        return f"{name} · {words.chip_chosen}"
+    share = route.probabilities.get(route.task)
+    return name if share is None else f"{name} · {share:.0%}".replace("%", " %")
+
+
+def _other_task(variant: Variant, task: TaskInfo, words: Strings) -> str:
+    title = task_title(task.name, (task,), words)
+    share = variant.route.probabilities.get(task.name) if variant.route else None
+    right = f"<span>{share:.0%}</span>" if share is not None else ""
+    current = ' aria-current="true"' if task.name == variant.task else ""
+    return f'<button type="button" {attributes(ob="route", task=task.name)}{current}>{escape(title)}{right}</button>'
+
+
+def _step(turn: Turn, to: int, total: int, label: str, sign: str) -> str:
+    off = "" if 0 <= to < total else " disabled"
+    return (
+        f'<button type="button" aria-label="{escape(label)}"{off} '
+        f"{attributes(ob='variant', turn=turn.id, to=str(to))}>{sign}</button>"
+    )
+
+
+_FRIENDLY = {
+    "overloaded": "error_overloaded",
+    "context_length_exceeded": "error_too_long",
+    "body_too_large": "error_too_long",
+    "engine_failed": "error_engine",
+    "timeout": "error_timeout",
+    "unavailable": "error_unavailable",
+    "model_loading": "error_unavailable",
+    "store_unavailable": "error_unavailable",
+    "conversation_not_found": "error_gone",
+    "conflict": "error_conflict",
+    "invalid_api_key": "error_key",
+}
+
+
+def friendly(code: str, words: Strings) -> str:
+    """What happened, why and what to do, for people."""
+    text = getattr(words, _FRIENDLY.get(code, "error_other"))
+    assert isinstance(text, str)
+    return text
+
+
+def problem(what: Problem, words: Strings, *, retry: bool) -> str:
+    """An error box; the API's own words are behind "details"."""
+    again = f'<button type="button" {attributes(ob="retry")}>{escape(words.retry)}</button>' if retry else ""
+    details = (
+        f"<details><summary>{escape(words.details)}</summary><p>{escape(what.message)}</p></details>"
+        if what.message
+        else ""
+    )
+    return f'<div class="ob-problem"><p>{escape(friendly(what.code, words))}</p>{again}{details}</div>'
+
+
+def notice(text: str, words: Strings) -> str:
+    """A line above the box, until dismissed or the next message."""
+    return (
+        f'<div class="ob-notice" role="status"><p>{escape(text)}</p><button type="button" '
+        f'aria-label="{escape(words.dismiss)}" {attributes(ob_local="dismiss")}>×</button></div>'
+    )
+
+
+def banner(readiness: Readiness, words: Strings) -> str:
+    """What keeps the box from answering now; empty when it is ready."""
+    if readiness.ready:
+        return ""
+    loading = readiness.engine == "loading"
+    title, hint = (words.loading_banner, words.loading_hint) if loading else (words.down_banner, words.down_hint)
+    return f'<div class="ob-banner" role="status"><b>{escape(title)}</b><span>{escape(hint)}</span></div>'
+
+
+def welcome(tasks: Sequence[TaskInfo], words: Strings) -> str:
+    """The greeting of an empty conversation, with starters from the tasks' examples in the page's language."""
+    cards: list[str] = []
+    for task in tasks:
+        example = next((example.text for example in task.examples if example.lang == words.lang), None)
+        if example and len(cards) < STARTERS:
+            cards.append(
+                f'<button type="button" {attributes(ob_local="starter", text=example)}>'
+                f"<b>{escape(task_title(task.name, tasks, words))}</b><span>{escape(example)}</span></button>"
+            )
+    return (
+        f'<div class="ob-welcome"><h1>{escape(words.greeting)}</h1><p>{escape(words.greeting_hint)}</p>'
+        f'<div class="ob-starters">{"".join(cards)}</div></div>'
+    )
+
+
+def sidebar(rows: Sequence[ConversationSummary], current: str | None, words: Strings) -> str:
+    """The list of conversations."""
+    items = "".join(_sidebar_row(row, row.id == current, words) for row in rows)
+    listing = f"<ul>{items}</ul>" if items else f'<p class="ob-empty">{escape(words.no_chats)}</p>'
+    return (
+        '<div class="ob-brand"><span class="ob-logo" aria-hidden="true"></span><b>Onebox</b>'
+        f'<button type="button" class="ob-icon ob-close" {attributes(ob_local="sidebar")} '
+        f'aria-label="{escape(words.close_sidebar)}">×</button></div>'
+        f'<button type="button" class="ob-new" {attributes(ob="new")}><span aria-hidden="true">+</span>'
+        f"{escape(words.new_chat)}</button>"
+        f'<nav aria-label="{escape(words.chats)}"><h2>{escape(words.chats)}</h2>{listing}</nav>'
+    )
+
+
+def _sidebar_row(row: ConversationSummary, current: bool, words: Strings) -> str:
+    title = row.title or words.untitled
+    here = ' aria-current="page"' if current else ""
+    which = attributes(id=row.id)
+    return (
+        f'<li {which}><button type="button" class="ob-open" {attributes(ob="open", id=row.id)}{here} '
+        f'title="{escape(title)}">{escape(title)}</button><details class="ob-more">'
+        f'<summary aria-label="{escape(words.more.format(title=title))}">⋯</summary><div class="ob-menu">'
+        f'<button type="button" {attributes(ob_local="rename", id=row.id)}>{escape(words.rename)}</button>'
+        f'<a href="export/{escape(row.id)}?format=markdown" download>{escape(words.export_markdown)}</a>'
+        f'<a href="export/{escape(row.id)}?format=json" download>{escape(words.export_json)}</a>'
+        f'<button type="button" class="ob-danger" {attributes(ob_local="delete", id=row.id)} '
+        f'data-confirm="{escape(words.delete_confirm)}">{escape(words.delete)}</button></div></details></li>'
+    )
+
+
+def topbar(title: str, words: Strings) -> str:
+    """Title of the conversation, language and theme."""
+    other = "en" if words.lang == "zh" else "zh"
+    return (
+        f'<div class="ob-top"><button type="button" class="ob-icon ob-burger" {attributes(ob_local="sidebar")} '
+        f'aria-label="{escape(words.open_sidebar)}">☰</button><span class="ob-title">{escape(title)}</span>'
+        f'<button type="button" class="ob-quiet" lang="{other}" {attributes(ob_local="language", lang=other)}>'
+        f"{escape(words.other_language)}</button>"
+        f'<button type="button" class="ob-icon" {attributes(ob_local="theme")} '
+        f'aria-label="{escape(words.theme)}" title="{escape(words.theme)}">◐</button></div>'
+    )
+
+
+def beacon(conversation: Conversation | None, state: str, words: Strings, announce: str = "") -> str:
+    """What the page's script has to know: the conversation for the address bar, the language, what to announce."""
+    marks = attributes(
+        c=conversation.id if conversation else "",
+        state=state,
+        lang=words.html_lang,
+        announce=announce,
+        chat_label=words.chat_label,
+        copied=words.copied,
+    )
+    return f"<span {marks}></span>"
