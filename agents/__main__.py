@@ -1,0 +1,80 @@
+"""One gateway worker: `python -m agents [--fd N]`, where N is a listening socket inherited from the launcher."""
+
+import argparse
+import asyncio
+import ipaddress
+import logging
+import socket
+import sys
+
+import uvicorn
+import uvloop
+
+from agents.app import create_app
+from agents.router import Router
+from onebox.errors import SetupError
+from onebox.settings import Settings, read_settings
+from plugins.registry import load_plugins
+
+BACKLOG = 2048
+
+
+def main() -> int:
+    """Serve until SIGTERM or SIGINT, then let running streams end. The exit code."""
+    parser = argparse.ArgumentParser(prog="python -m agents", description="One Onebox gateway worker.")
+    parser.add_argument("--fd", type=int, help="an inherited listening socket; unset: host and api_port are bound")
+    arguments = parser.parse_args()
+    try:
+        settings = read_settings()
+        logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
+        listener = socket.socket(fileno=arguments.fd) if arguments.fd is not None else _bind(settings)
+        app = create_app(settings, load_plugins(settings.plugins), Router.load)
+    except SetupError as error:
+        print(error.message, file=sys.stderr)  # noqa: T201  # the one line a user reads
+        return 1
+    config = uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        log_level=settings.log_level,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,
+        timeout_graceful_shutdown=max(1, int(settings.drain_timeout_s)),
+    )
+    server = uvicorn.Server(config)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(server.serve(sockets=[listener]))
+    return 0 if server.started else 1
+
+
+def _bind(settings: Settings) -> socket.socket:
+    if not settings.insecure_bind and not _is_loopback(settings.host):
+        raise SetupError(
+            f"ONEBOX_HOST {settings.host!r} is reachable from outside and there is no TLS here. "
+            "Put a proxy in front and set ONEBOX_INSECURE_BIND=1, or bind 127.0.0.1."
+        )
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.api_port))
+    except OSError as error:
+        listener.close()
+        raise SetupError(
+            f"Port {settings.api_port} of {settings.host!r} cannot be bound: {error.strerror}. "
+            "Stop what uses it or set ONEBOX_API_PORT."
+        ) from None
+    listener.listen(BACKLOG)
+    return listener
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

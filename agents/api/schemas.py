@@ -1,0 +1,211 @@
+"""Request bodies of the public API. Replies are built by the handlers; values inside the gateway are dataclasses."""
+
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from agents.conversations import Feedback
+from onebox.errors import BadRequest
+from onebox.messages import Message, Role
+from onebox.plugin import Sampling
+from onebox.settings import Settings
+
+_ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+
+
+def _not_null(value: str) -> str:
+    if "\x00" in value:
+        raise ValueError("must not contain the NUL character")
+    return value
+
+
+Text = Annotated[str, AfterValidator(_not_null)]
+Identifier = Annotated[Text, Field(min_length=1, max_length=128)]
+Stop = Annotated[Text, Field(min_length=1, max_length=256)]
+
+
+class Body(BaseModel):
+    """Frozen; unknown fields are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TextPart(BaseModel):
+    """A part of a message's content."""
+
+    model_config = ConfigDict(frozen=True)
+
+    type: Literal["text"]
+    text: Text
+
+
+class ChatMessage(BaseModel):
+    """A message in OpenAI's shape."""
+
+    model_config = ConfigDict(frozen=True)
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[TextPart]
+
+    def value(self) -> Message:
+        """The message as the gateway knows it."""
+        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return Message(_ROLES[self.role], text)
+
+
+class Drawing(BaseModel):
+    """How the reply is drawn; the part that chat and tasks share."""
+
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = None
+    stream: bool | None = False
+
+    def sampling(self, settings: Settings, top_logprobs: int | None = None) -> Sampling:
+        """The sampling of the run.
+
+        Raises:
+            BadRequest: more tokens are asked for than the cap.
+        """
+        max_tokens = self.max_completion_tokens or self.max_tokens
+        if max_tokens is not None and max_tokens > settings.max_tokens_cap:
+            raise BadRequest(
+                f"max_tokens {max_tokens} exceeds this server's cap of {settings.max_tokens_cap}. Ask for less.",
+                param="max_tokens",
+            )
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return Sampling(max_tokens, self.temperature, self.top_p, self.seed, stop, top_logprobs)
+
+
+class StreamOptions(BaseModel):
+    """OpenAI's stream options."""
+
+    include_usage: bool | None = False
+
+
+class OneboxOptions(Body):
+    """What this server knows beyond OpenAI's API."""
+
+    conversation: Identifier | None = None
+    regenerate: bool = False
+    edit: Identifier | None = None
+    params: dict[str, Any] = Field(default_factory=dict)
+    events: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "OneboxOptions":
+        if self.conversation is None and (self.regenerate or self.edit):
+            raise ValueError("regenerate and edit need a conversation")
+        if self.regenerate and self.edit:
+            raise ValueError("give one of regenerate and edit")
+        return self
+
+
+class ChatRequest(Drawing):
+    """`POST /v1/chat/completions`. Fields of OpenAI's API that change nothing here are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    model: Text = "auto"
+    messages: list[ChatMessage]
+    n: int | None = Field(1, ge=1, le=4)
+    logprobs: bool | None = None
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    stream_options: StreamOptions | None = None
+    onebox: OneboxOptions = OneboxOptions()
+    tools: list[Any] | None = Field(None, max_length=0)
+    functions: list[Any] | None = Field(None, max_length=0)
+    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    presence_penalty: float | None = Field(None, ge=0, le=0)
+    frequency_penalty: float | None = Field(None, ge=0, le=0)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs: true")
+        if (self.n or 1) > 1 and (self.stream or self.onebox.conversation):
+            raise ValueError("n above 1 is for replies without stream and conversation")
+        return self
+
+
+class TaskRequest(Drawing):
+    """`POST /v1/tasks/{name}`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: Text | None = None
+    messages: list[ChatMessage] | None = None
+    params: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_input(self) -> "TaskRequest":
+        return _exactly_one(self)
+
+
+class RouteRequest(Body):
+    """`POST /v1/route`."""
+
+    text: Text | None = None
+    messages: list[ChatMessage] | None = None
+
+    @model_validator(mode="after")
+    def _one_input(self) -> "RouteRequest":
+        return _exactly_one(self)
+
+
+class ConversationRequest(Body):
+    """`POST /v1/conversations`."""
+
+    title: Annotated[Text, Field(max_length=200)] = ""
+
+
+class RenameRequest(Body):
+    """`PATCH /v1/conversations/{id}`."""
+
+    title: Annotated[Text, Field(min_length=1, max_length=200)]
+
+
+class FeedbackRequest(Body):
+    """`POST /v1/feedback`; `value` null takes it back."""
+
+    conversation: Identifier
+    run_id: Identifier
+    value: Feedback | None
+
+
+def read_messages(
+    messages: list[ChatMessage], settings: Settings, *, ends_with_user: bool = True
+) -> tuple[Message, ...]:
+    """The messages of a request as values.
+
+    Raises:
+        BadRequest: none, too many, or the last is no question.
+    """
+    if not messages:
+        raise BadRequest(
+            "messages is empty: there is nothing to answer. Send at least one user message.", param="messages"
+        )
+    if len(messages) > settings.messages_max:
+        raise BadRequest(
+            f"messages has {len(messages)} entries, the limit is {settings.messages_max}. Shorten the history.",
+            param="messages",
+        )
+    values = tuple(message.value() for message in messages)
+    last = values[-1]
+    if ends_with_user and (last.role != "user" or not last.text.strip()):
+        raise BadRequest(
+            "The last message must be the user's and not blank: it is what gets answered.", param="messages"
+        )
+    return values
+
+
+_Input = TypeVar("_Input", "TaskRequest", "RouteRequest")
+
+
+def _exactly_one(request: _Input) -> _Input:
+    if (request.text is None) == (request.messages is None):
+        raise ValueError("give exactly one of text and messages")
+    return request

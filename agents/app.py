@@ -1,0 +1,77 @@
+"""The gateway's ASGI app: routes, admission, and one shape for every error. Started by `agents.__main__`."""
+
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from agents.api import chat, conversations, feedback, health, models, tasks
+from agents.api.replies import error_response
+from agents.gateway import RouterLoader, open_gateway
+from agents.middleware import Admission
+from onebox import __version__
+from onebox.errors import BadRequest, Internal, NotFound, OneboxError
+from onebox.plugin import Plugin
+from onebox.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+
+def create_app(settings: Settings, plugins: Mapping[str, Plugin], load_router: RouterLoader) -> FastAPI:
+    """The app of one worker; its parts are opened when it starts to serve."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        async with open_gateway(settings, plugins, load_router) as gateway:
+            app.state.gateway = gateway
+            yield
+
+    app = FastAPI(title="Onebox", version=__version__, lifespan=lifespan, redoc_url=None, strict_content_type=False)
+    for module in (chat, tasks, models, conversations, feedback, health):
+        app.include_router(module.router)
+    app.add_middleware(Admission)
+    app.add_exception_handler(OneboxError, _on_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(Exception, _on_defect)
+    return app
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, OneboxError)
+    return _answer(request, error)
+
+
+async def _on_invalid(request: Request, error: Exception) -> Response:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    if first["type"] == "json_invalid":
+        return _answer(request, BadRequest("The body is not valid JSON in UTF-8. Correct it."))
+    name = ".".join(place)
+    what = f"{name!r} is not usable" if name else "The request is not usable"
+    return _answer(request, BadRequest(f"{what}: {first['msg']}. See /docs for the API.", param=name or None))
+
+
+async def _on_http(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    if error.status_code == 404:
+        return _answer(request, NotFound(f"There is nothing at {path!r}. See /docs for the API."))
+    response = _answer(request, BadRequest(f"{request.method} {path!r} cannot be done: {error.detail}. See /docs."))
+    response.status_code = error.status_code
+    return response
+
+
+async def _on_defect(request: Request, error: Exception) -> Response:
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return _answer(request, Internal("The gateway failed: it has a defect, which the log describes."))
+
+
+def _answer(request: Request, error: OneboxError) -> Response:
+    request.app.state.gateway.metrics.count_error(error.code)
+    return error_response(error)

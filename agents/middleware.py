@@ -1,0 +1,82 @@
+"""What every request passes first: the key, then the size of the body. Pure ASGI, so streams are not wrapped.
+
+A body is read here to its end, or to its limit, and handed on whole.
+"""
+
+import asyncio
+from typing import Final
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from agents.api.replies import error_response
+from agents.gateway import Gateway
+from onebox.errors import BadRequest, BodyTooLarge, OneboxError
+
+OPEN_PATHS: Final = frozenset({"/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"})
+BODY_TIMEOUT_S: Final = 30.0
+SWALLOW_MAX_BYTES: Final = 16 * 1024 * 1024
+
+
+class Admission:
+    """Lets a request in, or answers it with an error."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        gateway: Gateway = scope["app"].state.gateway
+        try:
+            if scope["path"] not in OPEN_PATHS:
+                scope["principal"] = await gateway.keys.resolve(_bearer(scope))
+            body = await _read(scope, receive, gateway.settings.body_max_bytes)
+        except OneboxError as error:
+            gateway.metrics.count_error(error.code)
+            await error_response(error)(scope, receive, send)
+            return
+        await self._app(scope, _Replay(body, receive), send)
+
+
+class _Replay:
+    """A `receive` that gives the body once, then what the connection says."""
+
+    def __init__(self, body: bytes, receive: Receive) -> None:
+        self._first: Message | None = {"type": "http.request", "body": body, "more_body": False}
+        self._receive = receive
+
+    async def __call__(self) -> Message:
+        if self._first is not None:
+            message, self._first = self._first, None
+            return message
+        return await self._receive()
+
+
+def _bearer(scope: Scope) -> str | None:
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            scheme, _, token = value.decode("latin-1").partition(" ")
+            return token.strip() if scheme.lower() == "bearer" else None
+    return None
+
+
+async def _read(scope: Scope, receive: Receive, limit: int) -> bytes:
+    size = 0
+    pieces: list[bytes] = []
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise BadRequest("The request broke off before its body was whole.")
+                piece = message.get("body", b"")
+                size += len(piece)
+                if size <= limit:
+                    pieces.append(piece)
+                elif not message.get("more_body", False) or size > SWALLOW_MAX_BYTES:
+                    raise BodyTooLarge(f"The request body exceeds {limit} bytes. Send less, or in several messages.")
+                if not message.get("more_body", False):
+                    return b"".join(pieces)
+    except TimeoutError:
+        raise BadRequest(f"The request body did not arrive within {BODY_TIMEOUT_S:g} s. Send it again.") from None
