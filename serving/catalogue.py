@@ -1,6 +1,6 @@
 """The models there are: `models.toml` as frozen dataclasses, and names outside it that point at a folder or a hub.
 
-Nothing here touches the network or writes a file; `serving.fetch` does.
+Nothing here touches the network or writes a file; `serving.download` does.
 """
 
 import difflib

@@ -4,6 +4,7 @@ It knows the two architectures of the catalogue (llama, qwen2) with a byte-level
 it is not a general converter. The slow twin it is tested against is `transformers` with `GgufConfig(dequantize=True)`.
 """
 
+import importlib.metadata
 import json
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -95,7 +96,9 @@ def convert(gguf_path: Path, out_dir: Path, report: Report = quiet) -> None:
     _write_json(out_dir / "generation_config.json", _generation_config(header))
     _write_json(out_dir / "tokenizer_config.json", _tokenizer_config(header))
     _tokenizer(header).save(str(out_dir / "tokenizer.json"))
-    save_file(_tensors(reader, header, report), out_dir / "model.safetensors", metadata={"format": "pt"})
+    weights = out_dir / "model.safetensors"
+    save_file(_tensors(reader, header, report), weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # safetensors writes 0600, and the engine may run as another user
 
 
 def _read_header(reader: gguf.GGUFReader) -> Header:
@@ -164,6 +167,9 @@ def _config(header: Header) -> dict[str, object]:
         "rope_parameters": {"rope_theta": header.rope_theta, "rope_type": "default"},
         "rope_theta": header.rope_theta,
         "tie_word_embeddings": header.tied,
+        "transformers_version": importlib.metadata.version(
+            "transformers"
+        ),  # without it, it warns of a Mistral tokenizer
         "use_cache": True,
         "vocab_size": header.vocab_size,
     }

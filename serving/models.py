@@ -1,6 +1,6 @@
 """Which model this machine serves: the setting, the free GPU memory and the catalogue made into a folder on disk.
 
-What models there are is in `serving.catalogue`; how one gets here in `serving.fetch`.
+What models there are is in `serving.catalogue`; how one gets here in `serving.download`.
 """
 
 import importlib.metadata
@@ -12,12 +12,13 @@ from pathlib import Path
 from onebox.errors import SetupError
 from onebox.settings import Settings
 from serving.catalogue import Model, find, load_catalogue
-from serving.fetch import GIB, NotReached, ensure, is_present
+from serving.download import GIB, NotReached, download, folder_of, is_present
 from serving.progress import Report, quiet
 
 CPU_DEFAULT = "qwen2.5-coder-0.5b"
 CPU_CONTEXT = 8192
 PROCESS_GIB = 1.3
+GPU_HOST_GIB = 6.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,16 +38,19 @@ def resolve(settings: Settings, report: Report = quiet) -> ResolvedModel:
     """
     gpu_gib = gpu_free_gib(settings.tensor_parallel)
     model, folder = _first_to_be_had(candidates(settings.model, gpu_gib), settings.home_dir, report)
-    own = _own_context(folder)
-    wanted = settings.model_context
-    if wanted is not None and own is not None and wanted > own:
-        raise SetupError(
-            f"ONEBOX_MODEL_CONTEXT={wanted} is more than model {model.alias!r} has: its context is {own} tokens. "
-            f"Set it to at most {own}, or unset it."
-        )
-    if wanted is None and gpu_gib is None:
-        return ResolvedModel(model.alias, str(folder), min(own or CPU_CONTEXT, CPU_CONTEXT))
-    return ResolvedModel(model.alias, str(folder), wanted or own)
+    return _resolved(settings, model, folder, on_gpu=gpu_gib is not None)
+
+
+def locate(settings: Settings) -> ResolvedModel | None:
+    """The model `resolve` would choose, if it is here already; never fetches.
+
+    Raises:
+        SetupError: it is unknown, or has less context than `settings.model_context` asks for.
+    """
+    gpu_gib = gpu_free_gib(settings.tensor_parallel)
+    model = candidates(settings.model, gpu_gib)[0]
+    folder = folder_of(model, settings.home_dir)
+    return _resolved(settings, model, folder, on_gpu=gpu_gib is not None) if is_present(folder) else None
 
 
 def candidates(name: str, gpu_gib: float | None) -> list[Model]:
@@ -58,13 +62,17 @@ def candidates(name: str, gpu_gib: float | None) -> list[Model]:
     return [*best, find(CPU_DEFAULT)]
 
 
-def memory_gib(model: Model, home: Path) -> float:
-    """The RAM one CPU replica of the model takes before its KV cache: measured, or the weights plus the process."""
-    folder = model.path if model.path is not None else home / "models" / model.alias
-    if model.memory_gib is not None or not folder.exists():
-        return model.memory_gib or PROCESS_GIB
-    files = folder.glob("*.safetensors") if folder.is_dir() else [folder]
-    return PROCESS_GIB + sum(file.stat().st_size for file in files) / GIB
+def memory_gib(settings: Settings) -> float:
+    """The RAM one replica of the model takes: measured, or the weights plus the process, and the KV cache on CPU."""
+    gpu_gib = gpu_free_gib(settings.tensor_parallel)
+    if gpu_gib is not None:
+        return GPU_HOST_GIB
+    model = candidates(settings.model, gpu_gib)[0]
+    if model.memory_gib is not None:
+        return model.memory_gib + settings.cpu_kv_cache_gib
+    folder = folder_of(model, settings.home_dir)
+    weights = folder.glob("*.safetensors") if folder.is_dir() else iter(())
+    return PROCESS_GIB + sum(file.stat().st_size for file in weights) / GIB + settings.cpu_kv_cache_gib
 
 
 def gpu_free_gib(gpus: int = 1) -> float | None:
@@ -87,10 +95,23 @@ def gpu_free_gib(gpus: int = 1) -> float | None:
 def _first_to_be_had(models: list[Model], home: Path, report: Report) -> tuple[Model, Path]:
     for model in models[:-1]:
         try:
-            return model, ensure(model, home, report)
+            return model, download(model, home, report)
         except NotReached:
             continue
-    return models[-1], ensure(models[-1], home, report)
+    return models[-1], download(models[-1], home, report)
+
+
+def _resolved(settings: Settings, model: Model, folder: Path, *, on_gpu: bool) -> ResolvedModel:
+    own = _own_context(folder)
+    wanted = settings.model_context
+    if wanted is not None and own is not None and wanted > own:
+        raise SetupError(
+            f"ONEBOX_MODEL_CONTEXT={wanted} is more than model {model.alias!r} has: its context is {own} tokens. "
+            f"Set it to at most {own}, or unset it."
+        )
+    if wanted is None and not on_gpu:
+        return ResolvedModel(model.alias, str(folder), min(own or CPU_CONTEXT, CPU_CONTEXT))
+    return ResolvedModel(model.alias, str(folder), wanted or own)
 
 
 def _own_context(folder: Path) -> int | None:
@@ -103,6 +124,3 @@ def _own_context(folder: Path) -> int | None:
         ) from error
     length = config.get("max_position_embeddings", config.get("text_config", {}).get("max_position_embeddings"))
     return length if isinstance(length, int) else None
-
-
-__all__ = ["ResolvedModel", "candidates", "gpu_free_gib", "is_present", "memory_gib", "resolve"]
