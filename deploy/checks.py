@@ -15,7 +15,7 @@ from deploy import sockets
 from onebox.errors import OneboxError, SetupError
 from onebox.settings import Settings
 from serving.fetch import memory_gib
-from serving.models import resolve
+from serving.models import locate
 
 DISK_LEAST_GIB = 1.0
 GIB = 1024**3
@@ -181,7 +181,9 @@ def _model(settings: Settings) -> Finding:
     if settings.engine == "scripted":
         return Finding("model", "ok", "none needed")
     try:
-        model = resolve(settings)
+        model = locate(settings)
     except SetupError as error:
-        return Finding("model", "warning", error.message, "The next make up fetches it.")
+        return Finding("model", "broken", error.message)
+    if model is None:
+        return Finding("model", "warning", f"{settings.model!r} is not here yet", "The next make up fetches it.")
     return Finding("model", "ok", f"{model.alias} at {model.path}")

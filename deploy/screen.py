@@ -6,11 +6,17 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TransferSpeedColumn
 
-STAGES = {"download": "Downloading the model", "verify": "Checking the model", "convert": "Preparing the model"}
+from serving.progress import Stage
+
+STAGES: dict[Stage, str] = {
+    "download": "Downloading the model",
+    "verify": "Checking the model",
+    "convert": "Preparing the model",
+}
 
 
 class Screen:
-    """Prints steps with the seconds since the start; `report` fits `serving.fetch.ensure`."""
+    """Prints steps with the seconds since the start; `report` is a `serving.progress.Report`."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -24,7 +30,7 @@ class Screen:
             transient=True,
             disable=not console.is_terminal,
         )
-        self._stages: dict[str, TaskID] = {}
+        self._stages: dict[Stage, TaskID] = {}
 
     def step(self, text: str) -> None:
         """One line, with the time since the start."""
@@ -34,10 +40,10 @@ class Screen:
         """One line without a time."""
         self.console.print(text, highlight=False)
 
-    def report(self, stage: str, done: int, total: int | None) -> None:
+    def report(self, stage: Stage, done: int, total: int | None) -> None:
         """Show how far a stage of the model's preparation is, in bytes."""
         if stage not in self._stages:
-            label = STAGES.get(stage, stage)
+            label = STAGES[stage]
             self.step(f"{label} …")
             self._stages[stage] = self._bars.add_task(label, total=total)
         self._bars.update(self._stages[stage], completed=done, total=total)

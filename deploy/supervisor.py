@@ -1,7 +1,7 @@
 """The supervisor: starts child processes, keeps them alive, ends them all.
 
 A crashed child comes back after a pause that doubles from 0.2 s to 10 s and falls back once the child has lived
-half a minute. A child that exits with `FATAL` says that starting again cannot help. What happens when the supervisor
+half a minute. A child whose first start ends with `FATAL` says that starting again cannot help. What happens when the supervisor
 itself is killed is `deploy.guardian`'s part.
 """
 
@@ -55,7 +55,7 @@ class Child:
         self._ending = asyncio.Event()
 
     async def keep_alive(self) -> None:
-        """Run the program until `stop`. Raises `SetupError` when it exits with `FATAL`."""
+        """Run the program until `stop`. Raises `SetupError` when its first start ends with `FATAL`."""
         pause_s = BACKOFF_FIRST_S
         while not self._ending.is_set():
             started = time.monotonic()
@@ -63,7 +63,7 @@ class Child:
             self.pid = None
             if self._ending.is_set():
                 break
-            if code == FATAL:
+            if code == FATAL and self.restarts == 0:
                 self.state = "stopped"
                 raise SetupError(last_line(self.program.log))
             if time.monotonic() - started > STEADY_S:
