@@ -9,7 +9,7 @@ COPY plugins plugins
 COPY agents agents
 RUN pip install --no-cache-dir uv && uv pip install --system --no-cache --editable ".[gateway]"
 USER onebox
-ENV PYTHONPATH=/app PYTHONUNBUFFERED=1
+ENV PYTHONPATH=/app PYTHONUNBUFFERED=1 ONEBOX_HOST=0.0.0.0
 EXPOSE 8080
 HEALTHCHECK CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/healthz')"]
 CMD ["python", "-m", "agents"]

@@ -8,6 +8,6 @@ COPY onebox onebox
 COPY ui ui
 RUN pip install --no-cache-dir uv && uv pip install --system --no-cache --editable ".[ui]"
 USER onebox
-ENV PYTHONPATH=/app PYTHONUNBUFFERED=1
+ENV PYTHONPATH=/app PYTHONUNBUFFERED=1 ONEBOX_HOST=0.0.0.0
 EXPOSE 7860
 CMD ["python", "-m", "ui"]
