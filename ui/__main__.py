@@ -24,12 +24,12 @@ from ui.stream import Pace, Stops
 MAX_STREAMS = 512
 
 
-def build_app(settings: Settings) -> FastAPI:
-    """The page's ASGI app."""
+def build_app(settings: Settings, pace: Pace) -> FastAPI:
+    """The page's ASGI app, whose streams update at `pace`."""
     key = settings.ui_key or settings.admin_key
     client = Client(settings.gateway_url, key.get_secret_value() if key else "", connect_timeout_s=2.0)
     stops = Stops()
-    page = Page(client, Chat(client, Pace(), stops), stops.stop)
+    page = Page(client, Chat(client, pace, stops), stops.stop)
     blocks = page.blocks
     blocks.max_threads = MAX_STREAMS
     blocks.queue(status_update_rate=5, api_open=False, max_size=MAX_STREAMS, default_concurrency_limit=None)
@@ -96,7 +96,7 @@ def main() -> int:
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     config = uvicorn.Config(
-        build_app(settings),
+        build_app(settings, Pace()),
         host=settings.host,
         port=settings.ui_port,
         log_level=settings.log_level,

@@ -125,7 +125,8 @@ def _copy(text: str, words: Strings) -> str:
     shapes = '<rect x="5" y="5" width="9" height="9" rx="2"/><path d="M11 2H4a2 2 0 0 0-2 2v7"/>'
     return (
         f'<div class="ob-foot"><button type="button" {attributes(ob_local="copy", text=text)} '
-        f'title="{escape(words.copy)}" aria-label="{escape(words.copy)}"><svg viewBox="0 0 16 16">{shapes}</svg></button></div>'
+        f'title="{escape(words.copy)}" aria-label="{escape(words.copy)}">'
+        f'<svg viewBox="0 0 16 16">{shapes}</svg></button></div>'
     )
 
 

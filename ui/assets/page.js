@@ -2,11 +2,14 @@
 // markup to Gradio (`onebox_ask`, `onebox_act`, set by the bridge component).
 (() => {
   "use strict";
+  if (window.onebox) return; // Gradio runs scripts of the head twice
   const store = {
     get: (key) => { try { return localStorage.getItem("onebox." + key); } catch { return null; } },
     set: (key, value) => { try { localStorage.setItem("onebox." + key, value); } catch { /* private window */ } },
   };
   const $ = (selector) => document.querySelector(selector);
+  // Gradio scopes the page's styles to its container, so states that styles read are marked inside it.
+  const app = () => $("#ob-app");
   window.onebox = { language: () => store.get("lang") };
 
   const setTheme = (dark) => document.body.classList.toggle("dark", dark);
@@ -27,7 +30,7 @@
   };
 
   const sidebar = (open) => {
-    document.body.classList.toggle("ob-side-open", open);
+    app().classList.toggle("ob-side-open", open);
     const target = open ? $("#ob-side .ob-new") : $(".ob-burger");
     if (target && target.offsetParent) target.focus();
   };
@@ -62,7 +65,7 @@
   const local = {
     starter: (data) => fill(data.text),
     dismiss: (_, button) => { const box = button.closest(".ob-notice"); if (box) box.remove(); },
-    sidebar: () => sidebar(!document.body.classList.contains("ob-side-open")),
+    sidebar: () => sidebar(!app().classList.contains("ob-side-open")),
     theme: () => {
       const dark = !document.body.classList.contains("dark");
       store.set("theme", dark ? "dark" : "light");
@@ -99,8 +102,9 @@
     for (const open of document.querySelectorAll("details.ob-chip[open], details.ob-more[open]")) {
       if (open !== inside) open.removeAttribute("open");
     }
+    if (app()?.classList.contains("ob-side-open") && !target.closest("#ob-side, .ob-burger")) sidebar(false);
     const button = target.closest("[data-ob], [data-ob-local]");
-    if (!button || button.closest(".prose")) return;
+    if (!button || button.closest(".message-content")) return;
     const data = { ...button.dataset };
     const keep = data.obLocal === "delete" && !data.sure;
     if (inside && !keep) inside.removeAttribute("open");
@@ -108,7 +112,7 @@
     else if (data.ob === "route" || data.ob === "retry") window.onebox_ask(data);
     else {
       window.onebox_act(data);
-      if (data.ob === "open" || data.ob === "new") { document.body.classList.remove("ob-side-open"); $("#ob-input textarea")?.focus(); }
+      if (data.ob === "open" || data.ob === "new") { app().classList.remove("ob-side-open"); $("#ob-input textarea")?.focus(); }
     }
   });
 
@@ -116,7 +120,7 @@
     if (event.key !== "Escape" || event.isComposing) return;
     const open = document.querySelector("details.ob-chip[open], details.ob-more[open]");
     if (open) { open.removeAttribute("open"); open.querySelector("summary")?.focus(); return; }
-    if (document.body.classList.contains("ob-side-open")) { sidebar(false); return; }
+    if (app().classList.contains("ob-side-open")) { sidebar(false); return; }
     const stop = $("#ob-stop");
     if (stop && stop.offsetParent) stop.click();
   });
@@ -138,7 +142,7 @@
     seen = mark.outerHTML;
     const { c, state, lang, chatLabel } = mark.dataset;
     document.documentElement.lang = lang;
-    document.body.dataset.obState = state;
+    app().dataset.obState = state;
     const url = new URL(location.href);
     if (c) url.searchParams.set("c", c);
     else if (state === "idle") url.searchParams.delete("c");
@@ -146,7 +150,7 @@
     announce(mark.dataset.announce);
     const log = $("#ob-chat [role=log]");
     if (log) { log.setAttribute("aria-live", "off"); log.setAttribute("aria-label", chatLabel); }
-    document.body.classList.add("ob-ready");
+    app().classList.add("ob-ready");
   };
 
   const start = () => {

@@ -1,0 +1,67 @@
+from onebox.events import Routed
+from onebox.records import Conversation, ConversationSummary, Problem, TaskInfo, Turn, Variant
+from ui import render
+from ui.strings import EN, ZH
+
+EVIL = '<img src=x onerror="alert(1)">'
+TASKS = (TaskInfo("translate", {"en": "Translate", "zh": "翻译"}), TaskInfo("qa", {"en": "Answer", "zh": "问答"}))
+ROUTE = Routed("translate", ("translate",), {"translate": 0.97, "qa": 0.03}, "head", 4.2)
+
+
+def _markup(messages: list[render.ChatMessage]) -> str:
+    return "".join(part["value"] for m in messages for part in m["content"] if part["type"] == "component")
+
+
+def test_text_of_users_and_models_never_becomes_the_pages_own_markup() -> None:
+    variant = Variant("r1", EVIL, EVIL, ROUTE, "failed", Problem("engine_failed", EVIL))
+    conversation = Conversation("c1", EVIL, turns=(Turn("t1", EVIL, variants=(variant, variant)),))
+    tasks = (TaskInfo(EVIL, {"en": EVIL}),)
+    messages = render.messages(conversation, tasks, EN, {})
+    everything = (
+        _markup(messages)
+        + render.sidebar([ConversationSummary(EVIL, EVIL)], EVIL, EN)
+        + render.topbar(EVIL, EN)
+        + render.welcome(tasks, EN)
+        + render.beacon(conversation, "idle", EN, EVIL)
+        + render.notice(EVIL, EN)
+    )
+    assert "<img" not in everything
+    assert [part["text"] for part in messages[1]["content"] if part["type"] == "text"] == [EVIL]
+
+
+def test_every_turn_is_two_messages_whatever_became_of_it() -> None:
+    turns = tuple(
+        Turn(f"t{number}", "question", variants=variants)
+        for number, variants in enumerate(
+            [(), (Variant("r", "", state="running"),), (Variant("r", "x", state="stopped"),), (Variant("r", "x"),)]
+        )
+    )
+    roles = [message["role"] for message in render.messages(Conversation("c", turns=turns), TASKS, EN, {})]
+    assert roles == ["user", "assistant"] * 4
+
+
+def test_chip_names_task_and_certainty_in_the_pages_language_and_offers_the_others() -> None:
+    conversation = Conversation("c", turns=(Turn("t", "q", variants=(Variant("r", "x", "translate", ROUTE),)),))
+    markup = _markup(render.messages(conversation, TASKS, ZH, {}))
+    assert "翻译 · 97 %" in markup
+    assert 'data-ob="route" data-task="qa"' in markup
+    assert "Translate · 97 %" in _markup(render.messages(conversation, TASKS, EN, {}))
+
+
+def test_variant_picked_with_the_arrows_is_shown_instead_of_the_last() -> None:
+    turn = Turn("t", "q", variants=(Variant("r1", "first"), Variant("r2", "second")), chosen=1)
+    conversation = Conversation("c", turns=(turn,))
+
+    def shown(picked: dict[str, int]) -> list[str]:
+        parts = render.messages(conversation, TASKS, EN, picked)[1]["content"]
+        return [part["text"] for part in parts if part["type"] == "text"]
+
+    assert shown({}) == ["second"]
+    assert shown({"t": 0}) == ["first"]
+    assert shown({"t": 7}) == ["second"]
+
+
+def test_each_error_code_has_words_for_people_in_both_languages() -> None:
+    for code in ("overloaded", "context_length_exceeded", "engine_failed", "timeout", "conflict", "never_heard_of"):
+        for words in (EN, ZH):
+            assert len(render.friendly(code, words)) > 15
