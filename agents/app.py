@@ -1,6 +1,5 @@
 """The gateway's ASGI app: routes, admission, and one shape for every error. Started by `agents.__main__`."""
 
-import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 
@@ -14,11 +13,9 @@ from agents.api.replies import error_response
 from agents.gateway import RouterLoader, open_gateway
 from agents.middleware import Admission
 from onebox import __version__
-from onebox.errors import BadRequest, Internal, NotFound, OneboxError
+from onebox.errors import BadRequest, NotFound, OneboxError
 from onebox.plugin import Plugin
 from onebox.settings import Settings
-
-logger = logging.getLogger(__name__)
 
 
 def create_app(settings: Settings, plugins: Mapping[str, Plugin], load_router: RouterLoader) -> FastAPI:
@@ -37,7 +34,6 @@ def create_app(settings: Settings, plugins: Mapping[str, Plugin], load_router: R
     app.add_exception_handler(OneboxError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)
-    app.add_exception_handler(Exception, _on_defect)
     return app
 
 
@@ -49,12 +45,16 @@ async def _on_error(request: Request, error: Exception) -> Response:
 async def _on_invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+    # Pydantic names the members of a union by their validators, which no caller knows.
+    place = [str(part) for part in first["loc"] if part not in ("body", "query", "path") and "[" not in str(part)]
     if first["type"] == "json_invalid":
         return _answer(request, BadRequest("The body is not valid JSON in UTF-8. Correct it."))
     name = ".".join(place)
     what = f"{name!r} is not usable" if name else "The request is not usable"
-    return _answer(request, BadRequest(f"{what}: {first['msg']}. See /docs for the API.", param=name or None))
+    return _answer(
+        request,
+        BadRequest(f"{what}: {first['msg'].removeprefix('Value error, ')}. See /docs for the API.", param=name or None),
+    )
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
@@ -65,11 +65,6 @@ async def _on_http(request: Request, error: Exception) -> Response:
     response = _answer(request, BadRequest(f"{request.method} {path!r} cannot be done: {error.detail}. See /docs."))
     response.status_code = error.status_code
     return response
-
-
-async def _on_defect(request: Request, error: Exception) -> Response:
-    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return _answer(request, Internal("The gateway failed: it has a defect, which the log describes."))
 
 
 def _answer(request: Request, error: OneboxError) -> Response:

@@ -132,7 +132,7 @@ class Conversations:
             (rows,) = await self._store.transaction(
                 [("ZREVRANGEBYSCORE", _index(tenant), top, "-inf", "WITHSCORES", "LIMIT", offset, _SCAN)]
             )
-            places = [(int(score), name.decode()) for name, score in rows]
+            places = [(int(score), name.decode()) for name, score in zip(rows[::2], rows[1::2], strict=True)]
             fresh = [name for score, name in places if after is None or (score, name) < after]
             for summary in await self._summaries(tenant, fresh):
                 if summary is None or needle not in summary.title.casefold():

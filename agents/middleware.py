@@ -4,17 +4,20 @@ A body is read here to its end, or to its limit, and handed on whole.
 """
 
 import asyncio
+import logging
 from typing import Final
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from agents.api.replies import error_response
 from agents.gateway import Gateway
-from onebox.errors import BadRequest, BodyTooLarge, OneboxError
+from onebox.errors import BadRequest, BodyTooLarge, Internal, OneboxError
 
 OPEN_PATHS: Final = frozenset({"/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"})
 BODY_TIMEOUT_S: Final = 30.0
 SWALLOW_MAX_BYTES: Final = 16 * 1024 * 1024
+
+logger = logging.getLogger(__name__)
 
 
 class Admission:
@@ -36,7 +39,22 @@ class Admission:
             gateway.metrics.count_error(error.code)
             await error_response(error)(scope, receive, send)
             return
-        await self._app(scope, _Replay(body, receive), send)
+        started = False
+
+        async def watched_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self._app(scope, _Replay(body, receive), watched_send)
+        except Exception:
+            logger.exception("%s %s failed", scope["method"], scope["path"])
+            if started:
+                raise
+            defect = Internal("The gateway failed: it has a defect, which the log describes.")
+            gateway.metrics.count_error(defect.code)
+            await error_response(defect)(scope, receive, send)
 
 
 class _Replay:

@@ -19,9 +19,18 @@ def _not_null(value: str) -> str:
     return value
 
 
+def _neutral(value: object) -> object:
+    if value in (None, [], 0, 0.0, {"type": "text"}):
+        return value
+    raise ValueError("is not supported by this server; leave it out")
+
+
 Text = Annotated[str, AfterValidator(_not_null)]
 Identifier = Annotated[Text, Field(min_length=1, max_length=128)]
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
+
+
+Unsupported = Annotated[Any, AfterValidator(_neutral)]
 
 
 class Body(BaseModel):
@@ -116,11 +125,11 @@ class ChatRequest(Drawing):
     top_logprobs: int | None = Field(None, ge=0, le=20)
     stream_options: StreamOptions | None = None
     onebox: OneboxOptions = OneboxOptions()
-    tools: list[Any] | None = Field(None, max_length=0)
-    functions: list[Any] | None = Field(None, max_length=0)
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
-    presence_penalty: float | None = Field(None, ge=0, le=0)
-    frequency_penalty: float | None = Field(None, ge=0, le=0)
+    tools: Unsupported = None
+    functions: Unsupported = None
+    response_format: Unsupported = None
+    presence_penalty: Unsupported = None
+    frequency_penalty: Unsupported = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "ChatRequest":
