@@ -8,9 +8,10 @@ from contextlib import aclosing
 from dataclasses import replace
 from typing import Final
 
-from onebox.events import TextDelta
+from onebox.events import Check, TextDelta
 from onebox.messages import Message, system
 from onebox.plugin import LLM, Context, Sampling, Task
+from plugins.repetition import PERIOD_MAX, STEP, TIMES, goes_in_circles, is_wanted
 
 MESSAGE_TOKENS: Final = 16
 REPLY_TOKENS: Final = 1024
@@ -48,13 +49,25 @@ async def build_prompt(llm: LLM, instructions: str, messages: Sequence[Message],
 
 async def stream_reply(
     ctx: Context, task: Task, instructions: str, *, temperature: float, messages: Sequence[Message] | None = None
-) -> AsyncGenerator[TextDelta, None]:
-    """The engine's reply to the conversation, `temperature` being the task's own where the caller set none."""
+) -> AsyncGenerator[TextDelta | Check, None]:
+    """The engine's reply to the conversation, `temperature` being the task's own where the caller set none.
+
+    A reply that goes in circles is ended, and a failed check says so.
+    """
     sampling = with_temperature(task.sampling, temperature)
     prompt = await build_prompt(ctx.llm, instructions, task.messages if messages is None else messages, sampling)
+    guarded = not is_wanted(task.text)
+    said, looked = "", 0
     async with aclosing(ctx.llm.stream(prompt, sampling)) as deltas:
         async for delta in deltas:
             yield delta
+            said = (said + delta.text)[-PERIOD_MAX * TIMES :] if guarded else ""
+            looked += len(delta.text)
+            if guarded and looked >= STEP:
+                looked = 0
+                if goes_in_circles(said):
+                    yield Check("repetition", False, "The reply went in circles and was ended.")
+                    return
 
 
 def with_temperature(sampling: Sampling, temperature: float) -> Sampling:

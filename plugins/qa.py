@@ -12,7 +12,7 @@ from typing import ClassVar, Final, Literal
 
 from pydantic import Field
 
-from onebox.events import Citation, Event
+from onebox.events import Citation, Event, TextDelta
 from onebox.messages import Message, system, user
 from onebox.plugin import Context, Example, Lang, Plugin, Task, TaskParams
 from plugins.chunks import Span, passages, sentences
@@ -115,7 +115,8 @@ class QA(Plugin):
         said: list[str] = []
         async with aclosing(stream_reply(ctx, task, rules, temperature=TEMPERATURE, messages=messages)) as deltas:
             async for delta in deltas:
-                said.append(delta.text)
+                if isinstance(delta, TextDelta):
+                    said.append(delta.text)
                 yield delta
         if grounds is not None:
             source = f"messages[{grounds.index}]" if grounds.index >= 0 else "context"

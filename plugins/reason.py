@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import ClassVar, Final
 
-from onebox.events import Check, Event
+from onebox.events import Check, Event, TextDelta
 from onebox.messages import user
 from onebox.plugin import Context, Example, Lang, Plugin, Task, TaskParams
 from plugins.arithmetic import find_equations, find_sums, show
@@ -66,7 +66,8 @@ class Reason(Plugin):
         rules = self._prompts.text("system", lang)
         async with aclosing(stream_reply(ctx, task, rules, temperature=TEMPERATURE, messages=messages)) as deltas:
             async for delta in deltas:
-                said.append(delta.text)
+                if isinstance(delta, TextDelta):
+                    said.append(delta.text)
                 yield delta
         if not task.params.check:
             return

@@ -47,7 +47,7 @@ class Summarize(Plugin):
         Example(
             "en",
             "Summarize in one sentence: The city council voted on Tuesday to build 12 new bike lanes. The project "
-            "costs 4 million dollars and starts in spring. Shop owners worry about parking, but cyclists welcome the plan.",
+            "costs 4 million dollars and starts in spring. Shop owners worry about parking, cyclists welcome it.",
         ),
         Example(
             "en",

@@ -1,7 +1,7 @@
 """The registry lets in what is on the list and keeps the contract, and says clearly why it lets in nothing else."""
 
 import sys
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Iterator, Mapping
 from pathlib import Path
 from typing import ClassVar
 
@@ -12,7 +12,7 @@ from onebox.contract import find_faults
 from onebox.errors import SetupError
 from onebox.events import Event, TextDelta
 from onebox.plugin import Context, Example, Lang, Plugin, Task, TaskParams
-from onebox.settings import Settings
+from onebox.settings import read_settings
 from onebox.testing import check_plugin, collect, text_of
 from plugins.registry import load_plugins
 
@@ -55,7 +55,7 @@ def install(folder: Path, module: str, source: str, entries: Mapping[str, str]) 
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.syspath_prepend(str(tmp_path))
     before = set(sys.modules)
     monkeypatch.setattr(sys, "dont_write_bytecode", True)
@@ -70,7 +70,7 @@ def test_built_in_plugins_load_in_the_order_of_the_list() -> None:
 
 
 def test_default_settings_load_all_six() -> None:
-    loaded = load_plugins(Settings().plugins)
+    loaded = load_plugins(read_settings().plugins)
     assert list(loaded) == ["summarize", "translate", "qa", "reason", "write", "chat"]
     assert {plugin.name for plugin in loaded.values()} == set(loaded)
 

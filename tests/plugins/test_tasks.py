@@ -9,7 +9,7 @@ from onebox.errors import EngineFailed
 from onebox.events import Check, Citation, Progress, TextDelta
 from onebox.messages import Message, assistant, system, user
 from onebox.plugin import Plugin, Sampling
-from onebox.settings import Settings
+from onebox.settings import read_settings
 from onebox.testing import ScriptedContext, check_replay, collect, text_of
 from plugins.chat import Chat
 from plugins.qa import QA, find_question
@@ -23,7 +23,7 @@ from plugins.write import Write
 LONG = "\n\n".join(
     f"Chapter {number}. Ship {number} left port {number} at dawn and met a storm." for number in range(300)
 )
-PLUGINS = load_plugins(Settings().plugins)
+PLUGINS = load_plugins(read_settings().plugins)
 
 
 def last(ctx: ScriptedContext) -> Sequence[Message]:
