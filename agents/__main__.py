@@ -11,10 +11,8 @@ import uvicorn
 import uvloop
 
 from agents.app import create_app
-from agents.router import Router
 from onebox.errors import SetupError
 from onebox.settings import Settings, read_settings
-from plugins.registry import load_plugins
 
 BACKLOG = 2048
 
@@ -28,7 +26,7 @@ def main() -> int:
         settings = read_settings()
         logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
         listener = socket.socket(fileno=arguments.fd) if arguments.fd is not None else _bind(settings)
-        app = create_app(settings, load_plugins(settings.plugins), Router.load)
+        app = create_app(settings)
     except SetupError as error:
         print(error.message, file=sys.stderr)  # noqa: T201  # the one line a user reads
         return 1

@@ -1,6 +1,6 @@
 """The gateway's ASGI app: routes, admission, and one shape for every error. Started by `agents.__main__`."""
 
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI, Request
@@ -10,20 +10,27 @@ from starlette.responses import Response
 
 from agents.api import chat, conversations, feedback, health, models, tasks
 from agents.api.replies import error_response
-from agents.gateway import RouterLoader, open_gateway
+from agents.gateway import open_gateway
 from agents.middleware import Admission
+from agents.router import Router
 from onebox import __version__
 from onebox.errors import BadRequest, NotFound, OneboxError
-from onebox.plugin import Plugin
 from onebox.settings import Settings
+from plugins.registry import load_plugins
 
 
-def create_app(settings: Settings, plugins: Mapping[str, Plugin], load_router: RouterLoader) -> FastAPI:
-    """The app of one worker; its parts are opened when it starts to serve."""
+def create_app(settings: Settings) -> FastAPI:
+    """The app of one worker; its parts are opened when it starts to serve.
+
+    Raises:
+        SetupError: a plugin cannot be loaded.
+    """
+    plugins = load_plugins(settings.plugins)
+    router = Router.load(plugins, settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
-        async with open_gateway(settings, plugins, load_router) as gateway:
+        async with open_gateway(settings, plugins, router) as gateway:
             app.state.gateway = gateway
             yield
 

@@ -2,24 +2,22 @@
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from fastapi import Request
 
 from agents.conversations import BegunTurn, Conversations
-from agents.encoder import Encoder
 from agents.engine import EngineClient
 from agents.keys import Keys, Principal
 from agents.metrics import Metrics
 from agents.recording import END_RETRY_PAUSES_S, Recording
-from agents.runs import Executor, Routes
+from agents.router import Router
+from agents.runs import Executor
 from agents.store import Store
 from onebox.plugin import Plugin
 from onebox.settings import Settings
-
-RouterLoader = Callable[[Mapping[str, Plugin], Settings, Encoder], Routes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +40,21 @@ class Gateway:
 
 @asynccontextmanager
 async def open_gateway(
-    settings: Settings, plugins: Mapping[str, Plugin], load_router: RouterLoader
+    settings: Settings, plugins: Mapping[str, Plugin], router: Router
 ) -> AsyncGenerator[Gateway, None]:
     """A working gateway; at its end, what still has to be stored is stored."""
     store = Store(settings)
     metrics = Metrics(os.getpid())
-    encoder = Encoder(settings.home_dir / "cache")
-    router = load_router(plugins, settings, encoder)
+    warming = asyncio.create_task(router.warm(), name="warm the router")
     try:
         async with EngineClient(settings) as engine:
-            executor = Executor(settings, plugins, router, engine, store, encoder, metrics)
+            executor = Executor(settings, plugins, router, engine, store, metrics)
             gateway = Gateway(settings, store, Keys(settings, store), engine, Conversations(store), executor, metrics)
             yield gateway
             if gateway.tasks:
                 await asyncio.wait(gateway.tasks, timeout=sum(END_RETRY_PAUSES_S))
     finally:
+        await warming
         await store.close()
 
 

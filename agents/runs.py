@@ -10,16 +10,17 @@ import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Final
 
 from pydantic import ValidationError
 
 from agents.context import EngineLLM, Meter, RunContext
 from agents.conversations import Fault, State
-from agents.encoder import Encoder
 from agents.engine import EngineClient
+from agents.instruction import split_instruction
 from agents.metrics import Metrics
 from agents.recording import Recording
+from agents.router import Router
 from agents.store import Store
 from onebox.errors import BadRequest, Internal, OneboxError, PluginFailed, Timeout
 from onebox.events import (
@@ -38,7 +39,7 @@ from onebox.events import (
     Usage,
 )
 from onebox.messages import Message, user
-from onebox.plugin import LLM, Plugin, Sampling, Task, TaskParams
+from onebox.plugin import Plugin, Sampling, Task, TaskParams
 from onebox.settings import Settings
 
 RAW: Final = "raw"
@@ -46,14 +47,6 @@ AUTO: Final = "auto"
 PROGRESS_TEXT_MAX: Final = 200
 
 logger = logging.getLogger(__name__)
-
-
-class Routes(Protocol):
-    """What the executor needs of `agents.router.Router`."""
-
-    async def route(self, messages: Sequence[Message], *, explicit: str | None, llm: LLM | None) -> Routed:
-        """The decision for the conversation whose last message is the request."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +70,9 @@ class Executor:
 
     settings: Settings
     plugins: Mapping[str, Plugin]
-    router: Routes
+    router: Router
     engine: EngineClient
     store: Store
-    encoder: Encoder
     metrics: Metrics
 
     def start(self, request: RunRequest, recording: Recording | None = None) -> "Run":
@@ -194,7 +186,8 @@ class Run:
         yield routed
         plan = [executor.plugins[name] for name in routed.plan or (routed.task,)]
         options = _fit_params(plan, request.params)
-        messages = request.messages
+        messages = _without_command(request.messages, routed) if request.task is None else request.messages
+        asked = messages[-1].text
         for index, (plugin, params) in enumerate(zip(plan, options, strict=True)):
             last = index == len(plan) - 1
             self._step = plugin.name
@@ -204,7 +197,7 @@ class Run:
             pieces: list[str] = []
             context = RunContext(
                 llm,
-                executor.encoder,
+                executor.router.encoder,
                 executor.store,
                 request.run_id,
                 request.tenant,
@@ -227,7 +220,7 @@ class Run:
             if not last:
                 text = "".join(pieces)
                 yield Progress(index + 1, len(plan), text[:PROGRESS_TEXT_MAX])
-                messages = (*request.messages[:-1], user(text))
+                messages = (*messages[:-1], user(f"{_instruction(asked)}\n\n{text}"))
 
     def _fail(self, error: OneboxError) -> Failed:
         self.error = error
@@ -287,3 +280,16 @@ def _fit_params(plan: Sequence[Plugin], params: Mapping[str, object]) -> list[Ta
         check_params(plugin, {name: value for name, value in params.items() if name in plugin.Params.model_fields})
         for plugin in plan
     ]
+
+
+def _without_command(messages: tuple[Message, ...], routed: Routed) -> tuple[Message, ...]:
+    """The messages without the `/task` that chose the task, as long as there is something behind it."""
+    word, _, rest = messages[-1].text.lstrip().partition(" ")
+    if routed.tier == "explicit" and word == f"/{routed.task}" and rest.strip():
+        return (*messages[:-1], user(rest.strip()))
+    return messages
+
+
+def _instruction(text: str) -> str:
+    """What a message asks for, in its own words: the next step of a chain needs it beside the text so far."""
+    return " ".join(text[segment.start : segment.end] for segment in split_instruction(text).segments).strip()

@@ -16,7 +16,15 @@ from onebox.settings import Settings
 
 RETRY_AFTER_S: Final = 2.0
 # Redis answers these while it cannot take a write (disk full, replica, no memory, starting).
-_AWAY_PREFIXES: Final = ("OOM", "MISCONF", "READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS", "CLUSTERDOWN", "BUSY")
+_AWAY: Final = (
+    exceptions.ConnectionError,
+    exceptions.TimeoutError,
+    exceptions.ReadOnlyError,
+    exceptions.OutOfMemoryError,
+    exceptions.ClusterDownError,
+    exceptions.MasterDownError,
+)
+_AWAY_PREFIXES: Final = ("MISCONF", "NOREPLICAS", "BUSY")
 
 
 class Store:
@@ -82,7 +90,7 @@ async def _guard(operation: Callable[[], Any]) -> Any:
     try:
         result = operation()
         return await result if isinstance(result, Awaitable) else result
-    except (exceptions.ConnectionError, exceptions.TimeoutError, exceptions.ReadOnlyError) as error:
+    except _AWAY as error:
         raise _away() from error
     except exceptions.ResponseError as error:
         if str(error).startswith(_AWAY_PREFIXES):

@@ -210,3 +210,22 @@ def test_readiness_and_metrics_are_open(stack: Stack) -> None:
     assert ready.status_code == 200
     assert ready.json() == {"ready": True, "store": "ok", "engine": "ready", "model": "scripted", "detail": ""}
     assert "onebox_runs_running" in httpx.get(f"{stack.url}/metrics", trust_env=False).text
+
+
+def test_slash_command_pins_the_task_and_is_not_part_of_the_text(api: httpx.Client) -> None:
+    plain = post(api, model="write", messages=[{"role": "user", "content": "a line about rain"}], seed=3).json()
+    reply = post(api, messages=[{"role": "user", "content": "/write a line about rain"}], seed=3).json()
+    assert (reply["onebox"]["route"]["task"], reply["onebox"]["route"]["tier"]) == ("write", "explicit")
+    assert reply["usage"]["prompt_tokens"] == plain["usage"]["prompt_tokens"]
+
+
+def test_chain_replies_with_its_last_step_and_shows_the_others_as_progress(api: httpx.Client) -> None:
+    text = "Summarize the text below and then translate the summary into Chinese.\n\n" + "The river is long. " * 30
+    reply = post(api, messages=[{"role": "user", "content": text}], stream=True, max_tokens=30, onebox={"events": True})
+    told = [json.loads(line) for line in lines(reply.text)[:-1]]
+    events = [chunk["onebox"]["event"] for chunk in told if "event" in chunk.get("onebox", {})]
+    assert told[0]["onebox"]["route"]["plan"] == ["summarize", "translate"]
+    assert [event["task"] for event in events if event["kind"] == "step_done"] == ["summarize", "translate"]
+    first_text = next(n for n, c in enumerate(told) if c["choices"] and c["choices"][0]["delta"].get("content"))
+    first_done = next(n for n, c in enumerate(told) if c.get("onebox", {}).get("event", {}).get("kind") == "step_done")
+    assert first_done < first_text
