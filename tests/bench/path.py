@@ -16,7 +16,7 @@ from serving.fetch import ensure
 from serving.models import resolve
 from tests.bench import report
 from tests.bench.load import Target, interleave, medians
-from tests.processes import KEY, bare_vllm, product
+from tests.product import KEY, bare_vllm, product
 
 MODEL = "smollm2-135m"
 CONTEXT = 4096

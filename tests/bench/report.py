@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.processes import ROOT
+from tests.product import ROOT
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 HEAD = """\

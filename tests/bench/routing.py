@@ -13,7 +13,7 @@ from deploy.sockets import free_port
 from tests.bench import report
 from tests.bench.load import Target, interleave, medians
 from tests.bench.peers import peer_python
-from tests.processes import KEY, process, product
+from tests.product import KEY, process, product
 
 STREAMS = 64
 ROUNDS = 5

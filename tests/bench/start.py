@@ -10,7 +10,7 @@ import psutil
 from deploy import instance
 from tests.bench import report
 from tests.bench.load import Target, measure
-from tests.processes import KEY, product
+from tests.product import KEY, product
 
 ROUNDS = 3
 MODEL = os.environ.get("BENCH_MODEL", "qwen2.5-coder-0.5b")

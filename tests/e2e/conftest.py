@@ -2,7 +2,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.processes import Product, product
+from tests.product import Product, product
 
 SCRIPTED = {"ONEBOX_ENGINE": "scripted", "ONEBOX_SCRIPTED_ITL_MS": "1"}
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import KEY, ROOT, Product
+from tests.product import KEY, ROOT, Product
 
 BLOCKS = [
     pytest.param(page, kind, block, id=f"{page} {kind} {index}")

@@ -16,7 +16,7 @@ from deploy import instance
 from deploy.guardian import marked
 from deploy.sockets import free_port
 from tests.e2e.conftest import SCRIPTED
-from tests.processes import KEY, ROOT, Product, product
+from tests.product import KEY, ROOT, Product, product
 
 
 def deploy(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
