@@ -1,16 +1,54 @@
-"""Small talk, and honesty about what this box is: a language model that predicts text and does nothing else."""
+"""Small talk, and honesty about what this box is: a language model that predicts text and does nothing else.
 
+Small models forget that in the middle of a talk and make up the weather. A message that asks for live data, for an
+action or for the box's abilities therefore carries the fact with it.
+"""
+
+import re
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import ClassVar, Final
 
 from onebox.events import Event
+from onebox.messages import user
 from onebox.plugin import Context, Example, Lang, Plugin, Task
 from plugins.history import stream_reply
 from plugins.language import reply_lang
 from plugins.prompts import Prompts
 
 TEMPERATURE: Final = 0.7
+
+_ABILITIES: Final = re.compile(
+    r"\bwhat (?:can|do) you do\b|\bwho are you\b|\bwhat are you\b|\byour (?:abilities|capabilities|features|limits)\b"
+    r"|\bhow (?:can|could) you help\b|\bwhat (?:else )?can (?:i|we) (?:ask|use) you\b|\A\s*help\s*[.!?]*\s*\Z"
+    r"|你(?:能|会|可以)(?:帮我)?(?:做|干)?(?:些)?什么|你是谁|你是什么|(?:什么|哪些)功能|你有什么用|\A\s*帮助\s*\Z",
+    re.IGNORECASE,
+)
+_LIVE: Final = re.compile(
+    r"\bweather (?:in|today|tomorrow|now|forecast|like)\b|(?:what|how)(?:'s| is| will) (?:the |it )?weather"
+    r"|\b(?:latest|today'?s|breaking|current) (?:news|score|price|rate|headlines)\b"
+    r"|\bnews today\b|\bstock price\b"
+    r"|\bexchange rate\b|\bwhat (?:time|day|date) is it\b|\b(?:today'?s|current) (?:date|time)\b"
+    r"|\bprice of \w+ (?:now|today)\b"
+    r"|天气(?:怎么样|如何|预报|好吗)|(?:今天|今日|最新|实时).{0,6}(?:新闻|股价|汇率|比分|行情|油价)|(?:股价|汇率)(?:是|多少)"
+    r"|现在几点|几点了|今天(?:是)?(?:几号|星期几|周几|几月几)",
+    re.IGNORECASE,
+)
+_ACTION: Final = re.compile(
+    r"\b(?:set|start) (?:me )?(?:an? |the )?(?:alarm|timer|reminder)\b|\bwake me\b|\bremind me\b"
+    r"|\b(?:send|forward) (?:an? |the |this )?(?:email|message|mail|text)\b"
+    r"|\b(?:book|order|buy|reserve) (?:me |us )?(?:a|an|the|some)\b"
+    r"|\bturn (?:on|off)\b|\bplay (?:some |a )?(?:music|song)\b"
+    r"|\b(?:call|phone|ring) (?:my|the)\b|\bsearch (?:the )?(?:web|internet|online)\b"
+    r"|(?:定|设)(?:个|一个)?闹钟|提醒我|帮我(?:发|寄|打电话|订|买|下单|预约|叫车|点外卖)|播放"
+    r"|(?:打开|关掉|关上)(?:灯|空调|电视)|上网(?:查|搜)",
+    re.IGNORECASE,
+)
+_FACTS: Final[tuple[tuple[str, re.Pattern[str]], ...]] = (
+    ("live", _LIVE),
+    ("action", _ACTION),
+    ("abilities", _ABILITIES),
+)
 
 
 class Chat(Plugin):
@@ -27,11 +65,11 @@ class Chat(Plugin):
         Example("en", "Hi! What can you do?"),
         Example("en", "Tell me something nice about Mondays."),
         Example("en", "I am a bit tired today. Cheer me up!"),
-        Example("en", "How do you work?"),
+        Example("en", "Good morning! How are you?"),
         Example("zh", "你好！你能做什么？"),
-        Example("zh", "夸夸星期一吧。"),
+        Example("zh", "说点关于星期一的好话吧。"),
         Example("zh", "我今天有点累，给我打打气！"),
-        Example("zh", "你是怎么工作的？"),
+        Example("zh", "早上好，最近怎么样？"),
     )
     counter_examples = (
         Example("en", "Why do cats purr?"),
@@ -45,7 +83,11 @@ class Chat(Plugin):
 
     async def run(self, task: Task, ctx: Context) -> AsyncGenerator[Event, None]:
         """The next line of the conversation."""
-        rules = self._prompts.text("system", reply_lang(task.text))
-        async with aclosing(stream_reply(ctx, task, rules, temperature=TEMPERATURE)) as deltas:
+        lang = reply_lang(task.text)
+        fact = next((name for name, pattern in _FACTS if pattern.search(task.text)), None)
+        request = f"{task.text}\n{self._prompts.text(fact, lang)}" if fact else task.text
+        messages = [*task.messages[:-1], user(request)]
+        rules = self._prompts.text("system", lang)
+        async with aclosing(stream_reply(ctx, task, rules, temperature=TEMPERATURE, messages=messages)) as deltas:
             async for delta in deltas:
                 yield delta

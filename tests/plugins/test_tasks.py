@@ -374,3 +374,29 @@ async def test_sum_of_the_question_is_computed_for_the_model() -> None:
 async def test_checks_can_be_left_out() -> None:
     events = await collect(Reason(), "2+2?", params={"check": False}, replies=["2 + 2 = 5"])
     assert not any(isinstance(event, Check) for event in events)
+
+
+@pytest.mark.parametrize(
+    ("text", "fact"),
+    [
+        ("What's the weather in Berlin today?", "no live data"),
+        ("what time is it?", "no live data"),
+        ("Remind me to call Bob at six", "only write text"),
+        ("Please send an email to my boss", "only write text"),
+        ("Hi! What can you do?", "You summarize, translate"),
+        ("北京今天天气怎么样？", "没有实时数据"),
+        ("帮我订一张去上海的机票", "办不到"),
+        ("你会什么？你是谁？", "总结、翻译"),
+    ],
+)
+async def test_message_beyond_the_box_carries_the_fact(text: str, fact: str) -> None:
+    ctx = ScriptedContext(["Sorry."])
+    await collect(Chat(), text, ctx=ctx)
+    assert fact in last(ctx)[-1].text
+
+
+@pytest.mark.parametrize("text", ["Hello there", "我今天有点累", "I set the table", "书里的天气描写很美"])
+async def test_small_talk_is_sent_as_it_is(text: str) -> None:
+    ctx = ScriptedContext(["Nice."])
+    await collect(Chat(), text, ctx=ctx)
+    assert last(ctx)[-1].text == text
