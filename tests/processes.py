@@ -71,7 +71,7 @@ def run_fleet(spec: FleetSpec, log: Path) -> Iterator[Fleet]:
             stderr=subprocess.STDOUT,
         )
     try:
-        model = _wait_until_ready(process, f"http://127.0.0.1:{port}", token, log)
+        model = wait_until_ready(process, f"http://127.0.0.1:{port}", token, log)
         yield Fleet(f"http://127.0.0.1:{port}", token, process.pid, model, log)
     finally:
         process.send_signal(signal.SIGTERM)
@@ -82,7 +82,8 @@ def run_fleet(spec: FleetSpec, log: Path) -> Iterator[Fleet]:
             process.wait()
 
 
-def _wait_until_ready(process: "subprocess.Popen[bytes]", url: str, token: str, log: Path) -> str:
+def wait_until_ready(process: "subprocess.Popen[bytes]", url: str, token: str, log: Path) -> str:
+    """The name of the model, once the engine at `url` draws tokens; fails when the process ends first."""
     deadline = time.monotonic() + START_TIMEOUT_S
     with httpx.Client(base_url=url, headers={"authorization": f"Bearer {token}"}, timeout=5.0) as client:
         while time.monotonic() < deadline:
