@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import cast
 
 import gradio as gr
+from gradio.components import Component
 from gradio.components.chatbot import Message, MessageDict
 from pydantic import BaseModel, ValidationError
 
@@ -35,9 +36,11 @@ TASK_MENU = """<label class="ob-sr" for="ob-task-select">${label}</label>
 <select id="ob-task-select" aria-label="${label}">${options.map((o) =>
 `<option value="${o[0]}" ${o[0] === value ? 'selected' : ''}>${o[1]}</option>`).join('')}</select>"""
 TASK_MENU_JS = "element.addEventListener('change', (event) => { props.value = event.target.value; });"
+BEGIN_JS = "(...inputs) => { window.onebox.begin(false); return inputs; }"
+BEGIN_SEND_JS = "(...inputs) => { if (inputs[3].trim()) window.onebox.begin(true); return inputs; }"
 BOOT_JS = "() => [JSON.stringify({c: new URLSearchParams(location.search).get('c'), lang: window.onebox.language()})]"
 
-Outputs = dict[gr.Component, object]
+Outputs = dict[Component, object]
 
 
 class Boot(BaseModel):
@@ -45,6 +48,15 @@ class Boot(BaseModel):
 
     c: str | None = None
     lang: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How an exchange ended. `restore` belongs back into the box; `notice` tells why nothing was sent."""
+
+    update: Update | None = None
+    restore: str = ""
+    notice: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +87,7 @@ class Page:
             self.lang = gr.Textbox("en", visible="hidden", label="language")
             self.current = gr.Textbox(visible="hidden", label="conversation")
             self.shown = gr.State({})
+            self.outcome = gr.State(None)
             self.timer = gr.Timer(2.0, active=False)
             with gr.Row(elem_id="ob-app"):
                 with gr.Column(elem_id="ob-side", scale=0):
@@ -122,15 +135,15 @@ class Page:
                                     options=[],
                                 )
                                 self.send = gr.Button("", elem_id="ob-send", scale=0, min_width=40)
-                                self.stop = gr.Button("", elem_id="ob-stop", scale=0, min_width=40, visible=False)
+                                self.stop = gr.Button("", elem_id="ob-stop", scale=0, min_width=40)
             self._wire(self.blocks)
 
     def _wire(self, blocks: gr.Blocks) -> None:
-        loaded: list[gr.Component] = [
+        loaded: list[Component] = [
             self.side, self.top, self.banner, self.hello, self.chatbot, self.box, self.task, self.send, self.stop,
             self.lang, self.current, self.shown, self.beacon, self.timer, self.notice,
         ]  # fmt: skip
-        place: list[gr.Component] = [self.current, self.lang, self.shown]
+        place: list[Component] = [self.current, self.lang, self.shown]
         blocks.load(
             self.load, [self.boot], loaded, js=BOOT_JS,
             show_progress="hidden", api_visibility="private", concurrency_limit=None,
@@ -138,16 +151,27 @@ class Page:
         self.timer.tick(
             self.tick, place, loaded, show_progress="hidden", api_visibility="private", concurrency_limit=None
         )
+        # Gradio rebuilds every output of an update, also one left alone, so a stream has the fewest that do, and
+        # hands them over as they are; what else changes is the script's (`begin`) and `finish`'s business.
+        streamed: list[Component] = [self.chatbot, self.outcome]
+        finish = ([*place, self.outcome], [*loaded, self.outcome])
         gr.on(
-            [self.box.submit, self.send.click], self.on_send, [*place, self.box, self.task], loaded,
-            show_progress="hidden", api_visibility="private", concurrency_limit=None,
+            [self.box.submit, self.send.click], self.on_send, [*place, self.box, self.task], streamed, js=BEGIN_SEND_JS,
+            show_progress="hidden", api_visibility="private", concurrency_limit=None, postprocess=False,
+        ).then(
+            self.finish, *finish, show_progress="hidden", api_visibility="private", concurrency_limit=None
         )  # fmt: skip
         for event, ask in (
             (self.chatbot.retry, self.on_retry),
             (self.chatbot.edit, self.on_edit),
             (self.bridge.ask, self.on_ask),
         ):
-            event(ask, place, loaded, show_progress="hidden", api_visibility="private", concurrency_limit=None)
+            event(
+                ask, place, streamed, js=BEGIN_JS,
+                show_progress="hidden", api_visibility="private", concurrency_limit=None, postprocess=False,
+            ).then(
+                self.finish, *finish, show_progress="hidden", api_visibility="private", concurrency_limit=None
+            )  # fmt: skip
         self.bridge.act(
             self.on_act, place, loaded,
             show_progress="hidden", api_visibility="private", concurrency_limit=None, trigger_mode="multiple",
@@ -202,8 +226,8 @@ class Page:
             self.timer: gr.Timer(active=not box.readiness.ready),
             self.lang: words.lang,
             self.box: gr.Textbox(placeholder=words.placeholder, label=words.message_label),
-            self.send: gr.Button(words.send, visible=True),
-            self.stop: gr.Button(words.stop, visible=False),
+            self.send: words.send,
+            self.stop: words.stop,
             self.task: self._menu(words),
         }
 
@@ -269,20 +293,19 @@ class Page:
         command = parse_command(text, self._tasks)
         if isinstance(command, UnknownCommand):
             known = ", ".join(f"/{name.name}" for name in self._tasks)
-            message = words.unknown_command.format(name=command.name, known=known)
-            yield {self.notice: render.notice(message, words)}
-            return
-        if isinstance(command, Command):
-            if not command.text:
-                yield {self.notice: render.notice(words.empty_command.format(name=command.task), words)}
-                return
-            text, task = command.text, command.task
-        ask = Ask(current or None, text, model=task or "auto")
-        async with aclosing(self._run(ask, words, shown, request)) as outputs:
-            first = True
-            async for output in outputs:
-                yield {self.box: "", **output} if first else output
-                first = False
+            yield self._unsent(text, words.unknown_command.format(name=command.name, known=known))
+        elif isinstance(command, Command) and not command.text:
+            yield self._unsent(text, words.empty_command.format(name=command.task))
+        else:
+            if isinstance(command, Command):
+                text, task = command.text, command.task
+            ask = Ask(current or None, text, model=task or "auto")
+            async with aclosing(self._run(ask, words, shown, request)) as outputs:
+                async for output in outputs:
+                    yield output
+
+    def _unsent(self, text: str, notice: str) -> Outputs:
+        return {self.outcome: Outcome(restore=text, notice=notice)}
 
     async def on_retry(
         self, current: str, lang: str, shown: dict[str, int], request: gr.Request
@@ -311,7 +334,7 @@ class Page:
         try:
             turns = (await self._client.conversation(current)).turns
         except OneboxError as error:
-            yield {self.notice: render.notice(render.friendly(error.code, words), words)}
+            yield self._unsent("", render.friendly(error.code, words))
             return
         if not text or number >= len(turns):
             return
@@ -332,49 +355,44 @@ class Page:
     async def _run(
         self, ask: Ask, words: Strings, shown: dict[str, int], request: gr.Request
     ) -> AsyncGenerator[Outputs, None]:
-        session = request.session_hash or ""
-        started = False
-        async with aclosing(self._chat.answer(session, ask)) as updates:
+        async with aclosing(self._chat.answer(request.session_hash or "", ask)) as updates:
             async for update in updates:
+                outputs: Outputs = {}
                 conversation = update.conversation
                 if conversation and conversation.turns:
                     shown = {key: value for key, value in shown.items() if key != conversation.turns[-1].id}
-                if not update.running:
-                    yield await self._finished(update, ask, words, shown)
-                    return
-                outputs: Outputs = {}
                 if conversation is not None:
                     outputs[self.chatbot] = render.messages(conversation, self._tasks, words, shown, update)
                 elif update.waiting_s is not None:
-                    outputs[self.notice] = render.notice(words.waiting.format(seconds=update.waiting_s), words)
-                if not started:
-                    started = True
-                    outputs |= {
-                        self.send: gr.Button(visible=False),
-                        self.stop: gr.Button(visible=True),
-                        self.hello: "",
-                        self.beacon: render.beacon(conversation, "running", words),
-                    }
-                    outputs.setdefault(self.notice, "")
-                yield outputs
+                    outputs[self.chatbot] = render.pending(ask.text, update, words)
+                if not update.running:
+                    notice = words.waiting_stopped if update.unsent else ""
+                    if update.problem is not None:
+                        notice = render.friendly(update.problem.code, words)
+                    outputs[self.outcome] = Outcome(update, ask.text if update.unsent else "", notice)
+                if outputs:
+                    yield outputs
 
-    async def _finished(self, update: Update, ask: Ask, words: Strings, shown: dict[str, int]) -> Outputs:
-        outputs: Outputs = {self.send: gr.Button(visible=True), self.stop: gr.Button(visible=False), self.notice: ""}
-        if update.unsent:
-            outputs[self.box] = ask.text
-            outputs[self.notice] = render.notice(words.waiting_stopped, words)
-        if update.problem is not None:
-            outputs[self.notice] = render.notice(render.friendly(update.problem.code, words), words)
-        conversation = update.conversation
+    async def finish(self, current: str, lang: str, shown: dict[str, int], outcome: Outcome | None) -> Outputs:
+        """After an exchange: draw what is not part of the conversation itself."""
+        words = strings(lang)
+        outcome = outcome or Outcome()
+        update = outcome.update
+        outputs: Outputs = {
+            self.notice: render.notice(outcome.notice, words) if outcome.notice else "",
+            self.outcome: None,
+        }
+        if outcome.restore:
+            outputs[self.box] = outcome.restore
+        conversation = update.conversation if update else None
         if conversation is None:
-            welcome = "" if ask.conversation else render.welcome(self._tasks, words)
-            return {**outputs, self.beacon: render.beacon(None, "idle", words), self.hello: welcome}
-        state = "completed"
-        if conversation.turns and conversation.turns[-1].variants:
-            state = conversation.turns[-1].variants[-1].state
+            box = Box(self._tasks, await self._rows(), Readiness(True, "ok", "ready"))
+            return {**await self._open(current or None, words, shown, box), **outputs}
+        last = conversation.turns[-1]
+        state = last.variants[-1].state if last.variants else "stopped"
         announce = {"failed": words.announce_failed, "stopped": words.announce_stopped}.get(state, words.announce_done)
-        rows = await self._rows()
-        return {**outputs, **self._opened(conversation, words, shown, rows, update, announce)}
+        shown = {key: value for key, value in shown.items() if key != last.id}
+        return {**outputs, **self._opened(conversation, words, shown, await self._rows(), update, announce)}
 
     async def _rows(self) -> tuple[ConversationSummary, ...]:
         try:

@@ -3,6 +3,7 @@
 Text of models goes only into chatbot text parts, which Gradio sanitizes; every value put into markup here is escaped.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Literal, TypedDict
@@ -37,6 +38,8 @@ class ChatMessage(TypedDict):
 
     role: Literal["user", "assistant"]
     content: list[TextPart | HtmlPart]
+    metadata: None
+    options: None
 
 
 def attributes(**values: str) -> str:
@@ -69,14 +72,23 @@ def messages(
     result: list[ChatMessage] = []
     for number, turn in enumerate(conversation.turns):
         last = number == len(conversation.turns) - 1
-        result.append({"role": "user", "content": [_text(turn.user)]})
+        result.append(_message("user", [_text(turn.user)]))
         index = shown_variant(turn, shown)
         if turn.variants:
             content = _answer(turn, index, tasks, words, live if last else None, last)
         else:
             content = [_html(_note(words.stopped))]
-        result.append({"role": "assistant", "content": content})
+        result.append(_message("assistant", content))
     return result
+
+
+def pending(text: str, update: Update, words: Strings) -> list[ChatMessage]:
+    """A message whose conversation cannot be had yet."""
+    return [_message("user", [_text(text)]), _message("assistant", [_html(_waiting(update, words))])]
+
+
+def _message(role: Literal["user", "assistant"], content: list[TextPart | HtmlPart]) -> ChatMessage:
+    return {"role": role, "content": content, "metadata": None, "options": None}
 
 
 def _answer(
@@ -333,5 +345,6 @@ def beacon(conversation: Conversation | None, state: str, words: Strings, announ
         announce=announce,
         chat_label=words.chat_label,
         copied=words.copied,
+        stamp=str(time.monotonic_ns()),
     )
     return f"<span {marks}></span>"

@@ -1,6 +1,6 @@
 """What the page adds to the time to first token: 30 streams through Gradio's queue against 30 straight at the gateway.
 
-All streams of a round start at once; the engine is the scripted one at about 30 tokens a second. The clients speak
+All streams of a round start at once, from pages that are open already; the engine is the scripted one at about 30 tokens a second. The clients speak
 HTTP over bare sockets, so that they cost little beside what they measure.
 """
 
@@ -60,7 +60,7 @@ async def main() -> None:
             names = {"page": "ui", "page, not coalesced": "naive"}
             processes = {peer: psutil.Process(stack.processes[name].pid) for peer, name in names.items()}
             for stream in peers.values():
-                await stream(-1)
+                await _together(stream, -1)
             idle_mib = {peer: process.memory_info().rss / 2**20 for peer, process in processes.items()}
             samples: dict[str, list[list[Sample]]] = {name: [] for name in peers}
             cpu_s = dict.fromkeys(processes, 0.0)
@@ -130,25 +130,28 @@ async def _gateway(port: int, number: int) -> Sample:
 
 def _page(port: int) -> Stream:
     config = httpx.get(f"http://127.0.0.1:{port}/config", timeout=30).json()
-    send = next(found for found in config["dependencies"] if found["api_name"] == "on_send")
+    events = {found["api_name"]: found["id"] for found in config["dependencies"]}
+    opened: dict[int, str] = {}
 
-    async def stream(number: int) -> Sample:
-        session = f"bench{os.getpid()}x{number}x{time.monotonic_ns()}"
-        body = {
-            "fn_index": send["id"],
-            "session_hash": session,
-            "data": ["", "en", None, MESSAGE.format(number=number), "auto"],
-            "event_data": None,
-            "trigger_id": None,
-        }
-        started = time.monotonic()
+    async def call(session: str, event: str, data: list[object]) -> AsyncIterator[bytes]:
+        body = {"fn_index": events[event], "session_hash": session, "data": data, "event_data": None}
         async for _ in _lines(port, "POST", "/gradio_api/queue/join", body):
             pass
-        first_s, updates = 0.0, 0
         async for line in _sse(port, "GET", f"/gradio_api/queue/data?session_hash={session}"):
+            yield line
             if b'"process_completed"' in line:
                 assert b'"success":true' in line, line[:500]
                 break
+
+    async def stream(number: int) -> Sample:
+        visitor = number % STREAMS
+        if visitor not in opened:
+            opened[visitor] = f"bench{os.getpid()}x{port}x{visitor}"
+            async for _ in call(opened[visitor], "load", ["{}"]):
+                pass
+        started = time.monotonic()
+        first_s, updates = 0.0, 0
+        async for line in call(opened[visitor], "on_send", ["", "en", None, MESSAGE.format(number=number), "auto"]):
             if b'"process_generating"' in line:
                 updates += 1
                 if REPLY_TEXT.search(line):

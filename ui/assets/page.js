@@ -10,7 +10,16 @@
   const $ = (selector) => document.querySelector(selector);
   // Gradio scopes the page's styles to its container, so states that styles read are marked inside it.
   const app = () => $("#ob-app");
-  window.onebox = { language: () => store.get("lang") };
+  window.onebox = {
+    language: () => store.get("lang"),
+    // An exchange begins: until the server has spoken, the page itself shows that it runs.
+    begin: (sent) => {
+      app().dataset.obState = "running";
+      const log = $("#ob-chat .bubble-wrap");
+      if (log) log.scrollTop = log.scrollHeight;
+      if (sent) fill("");
+    },
+  };
 
   const setTheme = (dark) => document.body.classList.toggle("dark", dark);
   const systemDark = matchMedia("(prefers-color-scheme: dark)");
@@ -156,7 +165,7 @@
   const start = () => {
     document.body.append(live);
     applyTheme();
-    new MutationObserver(read).observe(document.body, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-state", "data-c", "data-announce", "data-lang"] });
+    new MutationObserver(read).observe(document.body, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-stamp"] });
     read();
   };
   if (document.readyState === "loading") document.addEventListener("DOMContentLoaded", start);
