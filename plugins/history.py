@@ -36,14 +36,20 @@ async def fits(llm: LLM, messages: Sequence[Message], room: int) -> bool:
 async def build_prompt(llm: LLM, instructions: str, messages: Sequence[Message], sampling: Sampling) -> list[Message]:
     """The system text and the newest turns that fit; the last message stays even where it does not.
 
-    Turns go eight messages at a time, so that the prompt's beginning, which the engine has cached, moves seldom.
+    Long conversations lose eight messages at a time, so that the prompt's beginning, which the engine has cached,
+    moves seldom. Between two counts the share of tokens per byte of the first one serves as an estimate.
     """
     given = [message.text for message in messages if message.role == "system"]
     head = system("\n\n".join([instructions, *given]))
     turns = [message for message in messages if message.role != "system"]
     room = room_for_prompt(llm, sampling)
-    while not await fits(llm, [head, *turns], room) and len(turns) > 1:
+    while len(turns) > 1 and (most := most_tokens([head, *turns])) > room:
+        counted = await llm.count_tokens([head, *turns])
+        if counted <= room:
+            break
         turns = _drop_oldest(turns)
+        while len(turns) > 1 and most_tokens([head, *turns]) * counted / most > room:
+            turns = _drop_oldest(turns)
     return [head, *turns]
 
 
@@ -76,8 +82,8 @@ def with_temperature(sampling: Sampling, temperature: float) -> Sampling:
 
 
 def _drop_oldest(turns: list[Message]) -> list[Message]:
-    """The turns without the oldest eight, or whatever leaves the last; begins with the user again."""
-    rest = turns[min(DROP, len(turns) - 1) :]
+    """The turns without the oldest ones; begins with the user again, and always has the last."""
+    rest = turns[min(DROP if len(turns) > 3 * DROP else 1, len(turns) - 1) :]
     while len(rest) > 1 and rest[0].role != "user":
         rest = rest[1:]
     return rest

@@ -94,6 +94,16 @@ async def test_long_conversation_keeps_its_newest_turns() -> None:
     assert sent[1].role == "user"
     assert list(sent[1:]) == [*before, user("And now?")][-len(sent) + 1 :]
     assert len(sent) > 8
+    assert ctx.llm.counts <= 3
+
+
+async def test_few_long_turns_lose_no_more_than_they_must() -> None:
+    before = [
+        message for turn in range(4) for message in (user(f"question {turn} " * 60), assistant(f"reply {turn} " * 60))
+    ]
+    ctx = ScriptedContext(["Fine."], context_length=2048)
+    await collect(Chat(), "And now?", before=before, ctx=ctx)
+    assert list(last(ctx)[1:]) == [*before[2:], user("And now?")]
 
 
 async def test_draft_follows_its_options() -> None:
