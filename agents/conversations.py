@@ -22,6 +22,8 @@ from onebox.messages import Message, assistant, user
 
 LEASE_MS: Final = 10_000
 TITLE_MAX: Final = 80
+HISTORY_MAX_BYTES: Final = 256 * 1024
+HISTORY_MAX_MESSAGES: Final = 400
 _SCAN: Final = 200
 _ROUTED: Final = TypeAdapter(Routed)
 
@@ -315,9 +317,21 @@ def _assemble(
 
 
 def _history(turns: Sequence[Turn]) -> tuple[Message, ...]:
-    """Answered turns and the last question; unanswered turns are left out, as templates want roles to alternate."""
-    answered = [message for turn in turns[:-1] if turn.reply for message in (user(turn.user), assistant(turn.reply))]
-    return (*answered, user(turns[-1].user))
+    """The newest answered turns and the last question.
+
+    Unanswered turns are left out, as templates want roles to alternate. More than the limits no model of today reads,
+    and the engine would refuse so large a body; what fits the context is the plugin's to choose.
+    """
+    history = [user(turns[-1].user)]
+    room = HISTORY_MAX_BYTES
+    for turn in reversed(turns[:-1]):
+        if not turn.reply:
+            continue
+        room -= len(turn.user.encode()) + len(turn.reply.encode())
+        if room < 0 or len(history) + 2 > HISTORY_MAX_MESSAGES:
+            break
+        history += (assistant(turn.reply), user(turn.user))
+    return tuple(reversed(history))
 
 
 def _dump(variant: Variant) -> bytes:

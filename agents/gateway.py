@@ -1,6 +1,7 @@
 """The parts of one gateway worker, put together once and passed to every handler."""
 
 import asyncio
+import logging
 import os
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
@@ -18,6 +19,8 @@ from agents.runs import Executor
 from agents.store import Store
 from onebox.plugin import Plugin
 from onebox.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +48,7 @@ async def open_gateway(
     """A working gateway; at its end, what still has to be stored is stored."""
     store = Store(settings)
     metrics = Metrics(os.getpid())
-    warming = asyncio.create_task(router.warm(), name="warm the router")
+    warming = asyncio.create_task(_warm(router), name="warm the router")
     try:
         async with EngineClient(settings) as engine:
             executor = Executor(settings, plugins, router, engine, store, metrics)
@@ -56,6 +59,14 @@ async def open_gateway(
     finally:
         await warming
         await store.close()
+
+
+async def _warm(router: Router) -> None:
+    """Load what the first decision needs; if that fails now, the first decision says so."""
+    try:
+        await router.warm()
+    except Exception:
+        logger.exception("The router could not be warmed")
 
 
 def gateway_of(request: Request) -> Gateway:

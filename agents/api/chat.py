@@ -48,7 +48,8 @@ async def complete(
         check_params(gateway.executor.plugins[task], body.onebox.params)
     messages: tuple[Message, ...] = ()
     if not body.onebox.regenerate:
-        messages = read_messages(body.messages, gateway.settings, ends_with_user=not raw)
+        free = raw and body.onebox.conversation is None
+        messages = read_messages(body.messages, gateway.settings, ends_with_user=not free)
     run_id = f"run_{uuid4().hex}"
     begun = await _begin(gateway, principal, body, run_id, messages)
     request = RunRequest(
