@@ -1,7 +1,7 @@
 """What the page adds to the time to first token: 30 streams through Gradio's queue against 30 straight at the gateway.
 
-All streams of a round start at once, from pages that are open already; the engine is the scripted one at about 30 tokens a second. The clients speak
-HTTP over bare sockets, so that they cost little beside what they measure.
+All streams of a round start at once, from pages that are open already; the engine is the scripted one at about 30
+tokens a second. The clients speak HTTP over bare sockets, so that they cost little beside what they measure.
 """
 
 import asyncio

@@ -112,6 +112,7 @@
       if (open !== inside) open.removeAttribute("open");
     }
     if (app()?.classList.contains("ob-side-open") && !target.closest("#ob-side, .ob-burger")) sidebar(false);
+    if (inside && target.closest("a")) inside.removeAttribute("open");
     const button = target.closest("[data-ob], [data-ob-local]");
     if (!button || button.closest(".message-content")) return;
     const data = { ...button.dataset };
