@@ -135,7 +135,9 @@ def test_deleting_a_conversation_while_it_is_answered_leaves_nothing_behind(
         "onebox": {"conversation": conversation},
     }
     with stack.client.stream("POST", PATH, json=body) as reply:
-        next(reply.iter_lines())
+        received = reply.iter_lines()
+        next(received)
+        assert stack.engine_running() == 1
         assert stack.client.delete(f"/v1/conversations/{conversation}").status_code == 200
     until(lambda: stack.engine_running() == 0, 2.0)
     with redis.Redis.from_url(valkey.url) as store:

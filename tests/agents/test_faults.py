@@ -172,3 +172,17 @@ def test_worker_that_is_asked_to_leave_lets_its_replies_end(fragile: Stack) -> N
     assert "data: [DONE]" in seen
     fragile.gateway.start()
     assert fragile.variants(conversation)[0]["state"] == "completed"
+
+
+def test_engine_whose_queue_is_full_is_told_as_overload_before_anything_streams(
+    valkey: EmbeddedStore, tmp_path: Path
+) -> None:
+    limits = {"engine_max_ongoing": "1", "engine_max_queued": "0"}
+    with run_stack(Stack(tmp_path, valkey, limits)) as stack:
+        first, second = stack.new_conversation(), stack.new_conversation()
+        with stack.client.stream("POST", PATH, json=long_reply(first)) as reply:
+            next(reply.iter_lines())
+            refused = stack.client.post(PATH, json=long_reply(second))
+        assert refused.status_code == 429
+        assert refused.json()["error"]["code"] == "overloaded"
+        assert int(refused.headers["retry-after"]) >= 1
