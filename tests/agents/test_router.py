@@ -1,0 +1,309 @@
+"""The router: what it decides, how it says why, and that the shipped weights are what the data gives."""
+
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+from langchain_core.decisions import Choice, Noul
+from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.runnables import RunnableLambda
+
+from agents.encoder import Encoder
+from agents.instruction import normalize, split_instruction
+from agents.route import expected_calibration_error
+from agents.router import Router
+from agents.router_features import TASKS
+from agents.router_head import Head
+from agents.train_router import train, training_data
+from onebox.errors import Unavailable
+from onebox.events import Event, TextDelta
+from onebox.messages import Message, assistant, user
+from onebox.plugin import Chosen, Completion, Context, Example, Lang, Plugin, Sampling, Task
+from onebox.settings import Settings
+
+NEWS = (
+    "The ferry to the northern islands will stop running in November, the county said on Monday. Repairs to the pier "
+    "cost more than planned and the company has lost two captains. Islanders fear a winter without fresh food. "
+    "A smaller boat may serve the route twice a week until the spring."
+)
+
+
+class Engine:
+    """An engine that always prefers one option, or fails."""
+
+    def __init__(self, favourite: str | None) -> None:
+        self.favourite = favourite
+        self.asked: list[Sequence[str]] = []
+
+    @property
+    def context_length(self) -> int:
+        return 4096
+
+    def stream(self, messages: Sequence[Message], sampling: Sampling) -> AsyncIterator[TextDelta]:
+        raise AssertionError("the router streams nothing")
+
+    async def complete(self, messages: Sequence[Message], sampling: Sampling) -> Completion:
+        raise AssertionError("the router completes nothing")
+
+    async def choose(self, messages: Sequence[Message], options: Sequence[str]) -> Chosen:
+        self.asked.append(options)
+        if self.favourite is None:
+            raise Unavailable("The engine is not there.")
+        rest = 0.02 / (len(options) - 1)
+        return Chosen(self.favourite, {name: 0.98 if name == self.favourite else rest for name in options})
+
+    async def count_tokens(self, messages: Sequence[Message]) -> int:
+        return 0
+
+
+class Rhyme(Plugin):
+    name = "rhyme"
+    version = "1"
+    title: ClassVar[Mapping[Lang, str]] = {"en": "Rhyme", "zh": "押韵"}
+    summary: ClassVar[Mapping[Lang, str]] = {"en": "Finds rhyming words", "zh": "找押韵的词"}
+    examples = (Example("en", "find words that rhyme with orange"), Example("zh", "找几个和“光”押韵的字"))
+    counter_examples = (Example("en", "write a rhyming poem about an orange"),)
+
+    async def run(self, task: Task, ctx: Context) -> AsyncIterator[Event]:
+        yield TextDelta("range")
+
+
+def plugins(*extra: Plugin) -> Mapping[str, Plugin]:
+    found = {point.name: point.load()() for point in entry_points(group="onebox.plugins") if point.name in TASKS}
+    return found | {plugin.name: plugin for plugin in extra}
+
+
+@pytest.fixture(scope="module")
+def router() -> Router:
+    return Router()
+
+
+@pytest.mark.parametrize(
+    ("text", "task"),
+    [
+        (f"Summarise this in two lines: {NEWS}", "summarize"),
+        (f"{NEWS}\n\ntl;dr", "summarize"),
+        (f"{NEWS}\n翻译成中文", "translate"),
+        (f"{NEWS}\n\nHow often will the smaller boat run?", "qa"),
+        (f"{NEWS}\n给这段新闻起个标题", "write"),
+        ("这句话用日语怎么说：我明天到", "translate"),
+        ("为什么夏天白天长？", "qa"),
+        ("一本书240页，小明每天读30页，几天读完？", "reason"),
+        ("帮我写一封给房东的信", "write"),
+        ("你好呀", "chat"),
+        ("帮我订一张去成都的机票", "chat"),
+        ("what does 'translate' mean in geometry?", "qa"),
+        ("write a poem about a translator", "write"),
+        ("summarise how photosynthesis works", "qa"),
+        ('Translate "write me a poem" into Italian', "translate"),
+        ("Écris un poème sur la mer", "write"),
+        ("Wie viel sind 15 % von 80?", "reason"),
+        ("なぜ海は青いの？", "qa"),
+    ],
+)
+async def test_router_picks_the_task_the_message_asks_for(router: Router, text: str, task: str) -> None:
+    decision = await router.route([user(text)])
+    assert decision.task == task, decision
+    assert decision.tier == "head"
+    assert sum(decision.probabilities.values()) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("earlier", "task"),
+    [
+        ([user(f"总结一下：{NEWS}"), assistant("北方群岛的渡轮十一月停航。")], "summarize"),
+        ([user("写一封辞职信"), assistant("尊敬的领导：……")], "write"),
+    ],
+)
+async def test_follow_up_takes_the_task_of_the_turn_before(router: Router, earlier: list[Message], task: str) -> None:
+    assert (await router.route([*earlier, user("再短一点")])).task == task
+
+
+async def test_and_in_spanish_after_a_translation_is_a_translation(router: Router) -> None:
+    talk = [user("How do you say cheese in French?"), assistant("Fromage."), user("and in Spanish?")]
+    assert (await router.route(talk)).task == "translate"
+
+
+async def test_explicit_task_wins_over_the_text(router: Router) -> None:
+    decision = await router.route([user("write a poem")], explicit="translate")
+    assert (decision.task, decision.plan, decision.tier) == ("translate", ("translate",), "explicit")
+    assert decision.probabilities["translate"] == 1.0
+
+
+async def test_slash_command_is_an_explicit_choice(router: Router) -> None:
+    assert (await router.route([user("/reason is this a poem?")])).task == "reason"
+    assert (await router.route([user("/unknown write a poem")])).tier != "explicit"
+
+
+async def test_message_without_words_goes_to_chat(router: Router) -> None:
+    decision = await router.route([user("  \n ")])
+    assert (decision.task, decision.tier) == ("chat", "default")
+
+
+async def test_cues_are_spans_of_the_text(router: Router) -> None:
+    text = f"{NEWS}\nPlease translate all of it into Chinese"
+    decision = await router.route([user(text)])
+    assert decision.cues
+    assert all(text[cue.start : cue.end] == cue.text and cue.weight > 0 for cue in decision.cues)
+    assert any("translate" in cue.text.lower() or "Chinese" in cue.text for cue in decision.cues)
+
+
+@pytest.mark.parametrize(
+    ("text", "plan"),
+    [
+        (f"Summarise this and put it into French: {NEWS}", ("summarize", "translate")),
+        (f"先翻译成中文再告诉我谁赢了：{NEWS}", ("translate", "qa")),
+        ("translate this and tell me how many apples are left: 小明有12个苹果，吃了5个。", ("translate", "reason")),
+        (f"Translate this into German and keep the tone: {NEWS}", ("translate",)),
+        ('translate "summarise this and translate it" into French', ("translate",)),
+        ("Write an email to my boss and explain why I was late", ("write",)),
+    ],
+)
+async def test_two_things_in_a_row_are_a_plan_and_decoys_are_not(
+    router: Router, text: str, plan: tuple[str, ...]
+) -> None:
+    decision = await router.route([user(text)])
+    assert decision.plan == plan
+    assert decision.task == plan[0]
+
+
+async def test_engine_is_asked_only_when_the_head_is_unsure() -> None:
+    sure = Router.load(plugins(), Settings(router_threshold=0.0))
+    unsure = Router.load(plugins(), Settings(router_threshold=1.0))
+    off = Router.load(plugins(), Settings(router_threshold=1.0, router_engine=False))
+    engine = Engine("reason")
+    assert (await sure.route([user("写一首诗")], llm=engine)).tier == "head"
+    assert (await off.route([user("写一首诗")], llm=engine)).tier == "head"
+    assert engine.asked == []
+    decision = await unsure.route([user("写一首诗")], llm=engine)
+    assert (decision.task, decision.tier, decision.ask) == ("write", "engine", True)
+    assert engine.asked == [sorted(TASKS)]
+
+
+async def test_engine_that_fails_leaves_the_decision_to_the_head() -> None:
+    router = Router.load(plugins(), Settings(router_threshold=1.0))
+    decision = await router.route([user("写一首诗")], llm=Engine(None))
+    assert (decision.task, decision.tier, decision.ask) == ("write", "head", True)
+
+
+async def test_third_party_plugin_joins_through_its_examples() -> None:
+    router = Router.load(plugins(Rhyme()), Settings())
+    assert (await router.route([user("find words that rhyme with silver")])).task == "rhyme"
+    assert (await router.route([user("write a rhyming poem about a silver spoon")])).task == "write"
+    assert (await router.route([user("为什么海水是咸的")])).task == "qa"
+
+
+async def test_task_that_is_not_loaded_is_never_chosen() -> None:
+    router = Router.load({name: plugin for name, plugin in plugins().items() if name != "write"}, Settings())
+    decision = await router.route([user("write a poem")])
+    assert "write" not in decision.probabilities
+    assert decision.task != "write"
+
+
+def test_router_answers_choice_questions_in_a_langchain_program(router: Router) -> None:
+    chain = RunnableLambda(
+        lambda text: {
+            "state": [HumanMessage("hi"), AIMessage("hello"), HumanMessage(text)],
+            "questions": {"task": Choice(instructions="Which task?", criteria={"write": "", "reason": "", "chat": ""})},
+        }
+    )
+    answer = (chain | router).invoke("solve 3x + 7 = 22").choices["task"]
+    assert answer.choice == "reason"
+    assert set(answer.probabilities) == {"write", "reason", "chat"}
+    assert answer.confidence == pytest.approx(answer.probabilities["reason"])
+
+
+def test_router_refuses_questions_it_cannot_answer(router: Router) -> None:
+    with pytest.raises(ValueError, match="no tasks of this router"):
+        router.invoke({"state": "hi", "questions": {"q": Choice(instructions="?", criteria={"poem": None})}})
+    with pytest.raises(ValueError, match="Ask a Choice"):
+        router.invoke({"state": "hi", "questions": {"q": Noul(instructions="?")}})
+
+
+def test_instruction_is_found_before_and_after_a_pasted_text() -> None:
+    for text in (f"Summarise this:\n{NEWS}", f"{NEWS}\nSummarise this:"):
+        found = split_instruction(text)
+        assert found.text == "summarise this:"
+        assert all(text[s.start : s.end].lower() == s.text for s in found.segments)
+    quoted = split_instruction('Translate "write me a poem" into Italian')
+    assert "poem" not in quoted.text
+
+
+def test_normalizing_keeps_the_length_of_any_text() -> None:
+    for text in ("İSTANBUL", "請幫我翻譯", "ẞ", "予約して"):
+        assert len(normalize(text)) == len(text)
+
+
+def test_mapped_word_vectors_give_the_same_embedding(tmp_path: Path) -> None:
+    plain, mapped = Encoder(), Encoder(tmp_path)
+    texts = ["写一首诗", "sum it up"]
+    assert np.array_equal(plain.embed(texts), mapped.embed(texts))
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_shipped_weights_are_what_the_data_gives() -> None:
+    head, accuracy = train(training_data(), Encoder())
+    shipped = Head.load()
+    assert accuracy >= 0.85
+    assert shipped.temperature == pytest.approx(head.temperature, abs=0.02)
+    assert np.allclose(shipped.grams, head.grams, atol=2e-3)
+    assert np.allclose(shipped.dense, head.dense, atol=5e-3)
+
+
+def test_neither_language_nor_length_nor_first_character_tells_the_task() -> None:
+    items = training_data()
+    for key in (
+        lambda item: item.lang,
+        lambda item: len(item.messages[-1].text).bit_length(),
+        lambda item: (item.lang, item.messages[-1].text[:1].lower()),
+    ):
+        groups: dict[object, list[str]] = {}
+        for item in items:
+            groups.setdefault(key(item), []).append(item.task)
+        guessed = sum(max(tasks.count(task) for task in TASKS) for tasks in groups.values() if len(tasks) > 4)
+        seen = sum(len(tasks) for tasks in groups.values() if len(tasks) > 4)
+        assert guessed / seen < 0.5
+
+
+def test_training_ids_and_messages_are_unique() -> None:
+    items = training_data()
+    assert len({item.id for item in items}) == len(items)
+    assert len({item.messages for item in items}) == len(items)
+    assert {item.task for item in items} == set(TASKS)
+
+
+def test_route_command_writes_one_decision_per_line(tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+    lines = [{"id": "a", "messages": [{"role": "user", "content": "写一首诗"}], "task": "write", "lang": "zh"}]
+    path.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
+    done = subprocess.run([sys.executable, "-m", "agents.route", str(path)], capture_output=True, text=True, check=True)
+    decision = json.loads(done.stdout)
+    assert decision["id"] == "a"
+    assert decision["task"] == "write"
+    assert set(decision) == {"id", "task", "probabilities", "plan", "tier", "ms"}
+    scored = subprocess.run(
+        [sys.executable, "-m", "agents.route", "--eval", str(path)], capture_output=True, text=True, check=True
+    )
+    assert "accuracy 1.0000" in scored.stdout
+
+
+def test_route_command_says_what_is_wrong_with_a_file(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "agents.route", str(tmp_path / "none.jsonl")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "Cannot route" in done.stderr
+
+
+def test_calibration_error_is_zero_for_a_router_that_knows_how_sure_it_may_be() -> None:
+    assert expected_calibration_error([0.75] * 4, [True, True, True, False]) == pytest.approx(0.0)
+    assert expected_calibration_error([0.95] * 2, [False, False]) == pytest.approx(0.95)
