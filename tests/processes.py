@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 
 ROOT = Path(__file__).resolve().parents[1]
-START_TIMEOUT_S = 240
+START_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 60
 
 

@@ -20,8 +20,8 @@ SERVED = [
     "scripted-direct",
     "scripted-haproxy",
     "scripted-proxy",
-    pytest.param("vllm-direct", marks=pytest.mark.engine),
-    pytest.param("vllm-haproxy", marks=pytest.mark.engine),
+    pytest.param("vllm-direct", marks=[pytest.mark.engine, pytest.mark.timeout(900)]),
+    pytest.param("vllm-haproxy", marks=[pytest.mark.engine, pytest.mark.timeout(900)]),
 ]
 
 
