@@ -181,7 +181,8 @@ def test_engine_whose_queue_is_full_is_told_as_overload_before_anything_streams(
     with run_stack(Stack(tmp_path, valkey, limits)) as stack:
         first, second = stack.new_conversation(), stack.new_conversation()
         with stack.client.stream("POST", PATH, json=long_reply(first)) as reply:
-            next(reply.iter_lines())
+            received = reply.iter_lines()
+            next(received)
             refused = stack.client.post(PATH, json=long_reply(second))
         assert refused.status_code == 429
         assert refused.json()["error"]["code"] == "overloaded"
