@@ -167,7 +167,7 @@ async def test_thumb_is_stored_and_shown_again_after_a_reload(open_page: Open, s
     await page.reload()
     await expect(page.locator(TEXT).last).to_have_text(text, use_inner_text=True)
     await expect(page.locator("#ob-list [aria-current=page]")).to_have_text("Hello there")
-    await expect(page.locator("#ob-chat button[aria-label='clicked like']")).to_be_visible()
+    await expect(page.locator("#ob-chat button[aria-label=Liked]")).to_be_visible()
 
 
 async def test_conversations_open_rename_export_and_delete_at_the_side(open_page: Open, stack: Stack) -> None:
