@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+import ipaddress
 import logging
 import socket
 import sys
@@ -90,6 +91,11 @@ def main() -> int:
     options = parser.parse_args()
     try:
         settings = read_settings()
+        if not settings.insecure_bind and not _is_loopback(settings.host):
+            raise SetupError(
+                f"ONEBOX_HOST {settings.host!r} is reachable from outside and the page asks nobody for a key. "
+                "Put a proxy with sign-in and TLS in front and set ONEBOX_INSECURE_BIND=1, or bind 127.0.0.1."
+            )
     except SetupError as error:
         sys.stderr.write(f"{error.message}\n")
         return 1
@@ -107,6 +113,13 @@ def main() -> int:
     server = uvicorn.Server(config)
     asyncio.run(server.serve(sockets))
     return 0 if server.started else 1
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 if __name__ == "__main__":

@@ -22,20 +22,13 @@ from onebox.records import Conversation, ConversationSummary, Readiness, TaskInf
 from ui import render
 from ui.chat import Ask, Chat, Update
 from ui.commands import Command, UnknownCommand, parse_command
+from ui.layout import Layout
 from ui.strings import Strings, pick_language, strings
 
 logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
 LIST_LENGTH = 100
-BRIDGE_JS = """
-window.onebox_ask = (data) => trigger('ask', data);
-window.onebox_act = (data) => trigger('act', data);
-"""
-TASK_MENU = """<label class="ob-sr" for="ob-task-select">${label}</label>
-<select id="ob-task-select" aria-label="${label}">${options.map((o) =>
-`<option value="${o[0]}" ${o[0] === value ? 'selected' : ''}>${o[1]}</option>`).join('')}</select>"""
-TASK_MENU_JS = "element.addEventListener('change', (event) => { props.value = event.target.value; });"
 BEGIN_JS = "(...inputs) => { window.onebox.begin(false); return inputs; }"
 BEGIN_SEND_JS = "(...inputs) => { if (inputs[3].trim()) window.onebox.begin(true); return inputs; }"
 BOOT_JS = "() => [JSON.stringify({c: new URLSearchParams(location.search).get('c'), lang: window.onebox.language()})]"
@@ -68,7 +61,7 @@ class Box:
     readiness: Readiness
 
 
-class Page:
+class Page(Layout):
     """Event handlers over one client, and the components they draw on."""
 
     def __init__(self, client: Client, chat: Chat, stop: Callable[[str], bool]) -> None:
@@ -76,66 +69,8 @@ class Page:
         self._chat = chat
         self._stop = stop
         self._tasks: tuple[TaskInfo, ...] = ()
-        self.blocks = gr.Blocks(title="Onebox", analytics_enabled=False, fill_width=True)
-        self._layout()
-
-    def _layout(self) -> None:
+        super().__init__()
         with self.blocks:
-            self.bridge = gr.HTML("", js_on_load=BRIDGE_JS, elem_id="ob-bridge")
-            self.beacon = gr.HTML("", elem_id="ob-beacon", js_on_load=None)
-            self.boot = gr.Textbox(visible="hidden", label="boot")
-            self.lang = gr.Textbox("en", visible="hidden", label="language")
-            self.current = gr.Textbox(visible="hidden", label="conversation")
-            self.shown = gr.State({})
-            self.outcome = gr.State(None)
-            self.timer = gr.Timer(2.0, active=False)
-            with gr.Row(elem_id="ob-app"):
-                with gr.Column(elem_id="ob-side", scale=0):
-                    self.side = gr.HTML("", js_on_load=None, elem_id="ob-list")
-                with gr.Column(elem_id="ob-main"):
-                    self.top = gr.HTML("", js_on_load=None, elem_id="ob-topbar")
-                    self.banner = gr.HTML("", js_on_load=None, elem_id="ob-banner")
-                    self.hello = gr.HTML("", js_on_load=None, elem_id="ob-hello")
-                    self.chatbot = gr.Chatbot(
-                        elem_id="ob-chat",
-                        container=False,
-                        show_label=False,
-                        height=None,
-                        editable="user",
-                        buttons=["copy"],
-                        sanitize_html=True,
-                        allow_tags=False,
-                        layout="bubble",
-                        group_consecutive_messages=True,
-                        latex_delimiters=[
-                            {"left": "$$", "right": "$$", "display": True},
-                            {"left": "\\(", "right": "\\)", "display": False},
-                            {"left": "\\[", "right": "\\]", "display": True},
-                        ],
-                    )
-                    with gr.Column(elem_id="ob-composer"):
-                        self.notice = gr.HTML("", js_on_load=None, elem_id="ob-notice")
-                        with gr.Column(elem_id="ob-box"):
-                            self.box = gr.Textbox(
-                                elem_id="ob-input",
-                                show_label=False,
-                                container=False,
-                                lines=1,
-                                max_lines=10,
-                                autofocus=True,
-                            )
-                            with gr.Row(elem_id="ob-actions"):
-                                self.task = gr.HTML(
-                                    "auto",
-                                    html_template=TASK_MENU,
-                                    js_on_load=TASK_MENU_JS,
-                                    elem_id="ob-task",
-                                    apply_default_css=False,
-                                    label="",
-                                    options=[],
-                                )
-                                self.send = gr.Button("", elem_id="ob-send", scale=0, min_width=40)
-                                self.stop = gr.Button("", elem_id="ob-stop", scale=0, min_width=40)
             self._wire(self.blocks)
 
     def _wire(self, blocks: gr.Blocks) -> None:

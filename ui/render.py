@@ -227,26 +227,21 @@ def _step(turn: Turn, to: int, total: int, label: str, sign: str) -> str:
     )
 
 
-_FRIENDLY = {
-    "overloaded": "error_overloaded",
-    "context_length_exceeded": "error_too_long",
-    "body_too_large": "error_too_long",
-    "engine_failed": "error_engine",
-    "timeout": "error_timeout",
-    "unavailable": "error_unavailable",
-    "model_loading": "error_unavailable",
-    "store_unavailable": "error_unavailable",
-    "conversation_not_found": "error_gone",
-    "conflict": "error_conflict",
-    "invalid_api_key": "error_key",
-}
-
-
 def friendly(code: str, words: Strings) -> str:
     """What happened, why and what to do, for people."""
-    text = getattr(words, _FRIENDLY.get(code, "error_other"))
-    assert isinstance(text, str)
-    return text
+    return {
+        "overloaded": words.error_overloaded,
+        "context_length_exceeded": words.error_too_long,
+        "body_too_large": words.error_too_long,
+        "engine_failed": words.error_engine,
+        "timeout": words.error_timeout,
+        "unavailable": words.error_unavailable,
+        "model_loading": words.error_unavailable,
+        "store_unavailable": words.error_unavailable,
+        "conversation_not_found": words.error_gone,
+        "conflict": words.error_conflict,
+        "invalid_api_key": words.error_key,
+    }.get(code, words.error_other)
 
 
 def problem(what: Problem, words: Strings, *, retry: bool) -> str:
