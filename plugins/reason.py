@@ -33,9 +33,9 @@ class Reason(Plugin):
         Example("en", "A car drives 60 km per hour for 3 hours. How far does it go?"),
         Example("en", "Tom is taller than Ann, and Ann is taller than Sue. Who is the shortest?"),
         Example("zh", "计算 25 × 16 − 80"),
-        Example("zh", "小明有15个苹果，给了小红6个，又买了8个，现在有几个？"),
+        Example("zh", "(128 + 72) × 3 等于多少？"),
         Example("zh", "一辆车每小时行驶60公里，3小时能走多远？"),
-        Example("zh", "甲比乙高，乙比丙高，谁最矮？"),
+        Example("zh", "一本书有120页，每天读20页，几天能读完？"),
     )
     counter_examples = (
         Example("en", "Who discovered the number zero?"),

@@ -39,7 +39,7 @@ class Translate(Plugin):
         Example("en", "Translate into English: 学而时习之，不亦说乎？"),
         Example("zh", "翻译成英文：今天天气很好，我们去公园散步吧。"),
         Example("zh", "把“谢谢你的帮助”翻译成法语"),
-        Example("zh", "请翻译：The early bird catches the worm."),
+        Example("zh", "翻译成中文：Good morning! Would you like a cup of tea?"),
         Example("zh", "“我很喜欢这座城市”用西班牙语怎么说？"),
     )
     counter_examples = (
