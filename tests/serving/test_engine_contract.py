@@ -76,7 +76,8 @@ async def test_reply_stops_before_a_stop_string(wire: Wire) -> None:
 async def test_reader_who_leaves_frees_the_place(wire: Wire) -> None:
     async with wire.client() as client:
         async with client.stream("POST", "/v1/generate", json=request("hello", sampling=LONG)) as response:
-            await anext(response.aiter_bytes())
+            chunks = response.aiter_bytes()  # kept: httpx closes the response when it is collected
+            await anext(chunks)
             await eventually(lambda: _running_is(wire, 1))
         await eventually(lambda: _running_is(wire, 0))
 
