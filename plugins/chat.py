@@ -1,7 +1,8 @@
 """Small talk, and honesty about what this box is: a language model that predicts text and does nothing else.
 
-Small models forget that in the middle of a talk and make up the weather. A message that asks for live data, for an
-action or for the box's abilities therefore carries the fact with it.
+Small models forget that and make up the weather even when told not to (tried with 0.5B parameters). So a short message
+that asks for live data, for an action or for the box's abilities is answered without the engine; in a longer one the
+fact travels with the message.
 """
 
 import re
@@ -9,7 +10,7 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import ClassVar, Final
 
-from onebox.events import Event
+from onebox.events import Event, TextDelta
 from onebox.messages import user
 from onebox.plugin import Context, Example, Lang, Plugin, Task
 from plugins.history import stream_reply
@@ -17,6 +18,7 @@ from plugins.language import reply_lang
 from plugins.prompts import Prompts
 
 TEMPERATURE: Final = 0.7
+SHORT: Final = 80
 
 _ABILITIES: Final = re.compile(
     r"\bwhat (?:can|do) you do\b|\bwho are you\b|\bwhat are you\b|\byour (?:abilities|capabilities|features|limits)\b"
@@ -85,6 +87,9 @@ class Chat(Plugin):
         """The next line of the conversation."""
         lang = reply_lang(task.text)
         fact = next((name for name, pattern in _FACTS if pattern.search(task.text)), None)
+        if fact and len(task.text) <= SHORT:
+            yield TextDelta(self._prompts.text(f"{fact}_reply", lang))
+            return
         request = f"{task.text}\n{self._prompts.text(fact, lang)}" if fact else task.text
         messages = [*task.messages[:-1], user(request)]
         rules = self._prompts.text("system", lang)

@@ -34,6 +34,8 @@ def last(ctx: ScriptedContext) -> Sequence[Message]:
 async def test_each_example_gets_one_streamed_reply(name: str) -> None:
     plugin = PLUGINS[name]
     for example in plugin.examples:
+        if plugin.name == "chat" and example.text in ("Hi! What can you do?", "你好！你能做什么？"):
+            continue
         events = await check_replay(plugin, example.text, replies=["Fine. 好。"])
         assert text_of(events) == "Fine. 好。"
         assert sum(isinstance(event, TextDelta) for event in events) > 1
@@ -43,22 +45,22 @@ async def test_each_example_gets_one_streamed_reply(name: str) -> None:
 async def test_prompt_speaks_the_language_of_the_user(plugin: Plugin) -> None:
     for lang, han in (("zh", True), ("en", False)):
         ctx = ScriptedContext(["好"])
-        await collect(plugin, next(each.text for each in plugin.examples if each.lang == lang), ctx=ctx)
+        await collect(plugin, [each.text for each in plugin.examples if each.lang == lang][1], ctx=ctx)
         assert bool(re.search(r"[\u4e00-\u9fff]", last(ctx)[0].text)) == han
 
 
 @pytest.mark.parametrize("plugin", PLUGINS.values(), ids=PLUGINS)
 async def test_short_conversation_is_never_counted(plugin: Plugin) -> None:
     ctx = ScriptedContext(["Yes."])
-    await collect(plugin, plugin.examples[0].text, before=[user("Hi"), assistant("Hello!")], ctx=ctx)
+    await collect(plugin, plugin.examples[1].text, before=[user("Hi"), assistant("Hello!")], ctx=ctx)
     assert ctx.llm.counts == 0
 
 
 @pytest.mark.parametrize("plugin", PLUGINS.values(), ids=PLUGINS)
 async def test_caller_s_sampling_wins_over_the_task_s(plugin: Plugin) -> None:
     ctx = ScriptedContext(["Yes.", "Yes."])
-    await collect(plugin, plugin.examples[0].text, sampling=Sampling(max_tokens=7, temperature=1.5, seed=3), ctx=ctx)
-    await collect(plugin, plugin.examples[0].text, ctx=ctx)
+    await collect(plugin, plugin.examples[1].text, sampling=Sampling(max_tokens=7, temperature=1.5, seed=3), ctx=ctx)
+    await collect(plugin, plugin.examples[1].text, ctx=ctx)
     asked, unasked = (call.sampling for call in ctx.calls)
     assert (asked.max_tokens, asked.temperature, asked.seed) == (7, 1.5, 3)
     assert unasked.max_tokens is None
@@ -68,7 +70,7 @@ async def test_caller_s_sampling_wins_over_the_task_s(plugin: Plugin) -> None:
 @pytest.mark.parametrize("plugin", PLUGINS.values(), ids=PLUGINS)
 async def test_engine_s_failure_passes_through(plugin: Plugin) -> None:
     with pytest.raises(EngineFailed, match="gone"):
-        await collect(plugin, plugin.examples[0].text, replies=[EngineFailed("gone")])
+        await collect(plugin, plugin.examples[1].text, replies=[EngineFailed("gone")])
 
 
 # chat, write
@@ -389,20 +391,27 @@ async def test_checks_can_be_left_out() -> None:
 @pytest.mark.parametrize(
     ("text", "fact"),
     [
-        ("What's the weather in Berlin today?", "no live data"),
-        ("what time is it?", "no live data"),
+        ("What's the weather in Berlin today?", "without internet or live data"),
+        ("what time is it?", "without internet or live data"),
         ("Remind me to call Bob at six", "only write text"),
         ("Please send an email to my boss", "only write text"),
-        ("Hi! What can you do?", "You summarize, translate"),
+        ("Hi! What can you do?", "summarize, translate, answer questions, reason step by step, write"),
         ("北京今天天气怎么样？", "没有实时数据"),
         ("帮我订一张去上海的机票", "办不到"),
-        ("你会什么？你是谁？", "总结、翻译"),
+        ("你会什么？你是谁？", "总结、翻译、回答问题、逐步推理、写作"),
     ],
 )
-async def test_message_beyond_the_box_carries_the_fact(text: str, fact: str) -> None:
+async def test_message_beyond_the_box_is_answered_honestly_without_the_engine(text: str, fact: str) -> None:
+    ctx = ScriptedContext()
+    assert fact in text_of(await collect(Chat(), text, ctx=ctx))
+    assert ctx.calls == []
+
+
+async def test_longer_message_beyond_the_box_carries_the_fact_to_the_engine() -> None:
     ctx = ScriptedContext(["Sorry."])
+    text = "I had a long day at work and would like to go for a walk with the dog. What's the weather in Berlin today?"
     await collect(Chat(), text, ctx=ctx)
-    assert fact in last(ctx)[-1].text
+    assert "no live data" in last(ctx)[-1].text
 
 
 @pytest.mark.parametrize("text", ["Hello there", "我今天有点累", "I set the table", "书里的天气描写很美"])
