@@ -173,10 +173,10 @@ async def test_two_things_in_a_row_are_a_plan_and_decoys_are_not(
     assert decision.task == plan[0]
 
 
-async def test_engine_is_asked_only_when_the_head_is_unsure() -> None:
-    sure = Router.load(plugins(), Settings(router_threshold=0.0))
-    unsure = Router.load(plugins(), Settings(router_threshold=1.0))
-    off = Router.load(plugins(), Settings(router_threshold=1.0, router_engine=False))
+async def test_engine_is_asked_only_when_the_head_is_unsure(tmp_path: Path) -> None:
+    sure = Router.load(plugins(), Settings(home=tmp_path, router_threshold=0.0))
+    unsure = Router.load(plugins(), Settings(home=tmp_path, router_threshold=1.0))
+    off = Router.load(plugins(), Settings(home=tmp_path, router_threshold=1.0, router_engine=False))
     engine = Engine("reason")
     assert (await sure.route([user("写一首诗")], llm=engine)).tier == "head"
     assert (await off.route([user("写一首诗")], llm=engine)).tier == "head"
@@ -186,21 +186,23 @@ async def test_engine_is_asked_only_when_the_head_is_unsure() -> None:
     assert engine.asked == [sorted(TASKS)]
 
 
-async def test_engine_that_fails_leaves_the_decision_to_the_head() -> None:
-    router = Router.load(plugins(), Settings(router_threshold=1.0))
+async def test_engine_that_fails_leaves_the_decision_to_the_head(tmp_path: Path) -> None:
+    router = Router.load(plugins(), Settings(home=tmp_path, router_threshold=1.0))
     decision = await router.route([user("写一首诗")], llm=Engine(None))
     assert (decision.task, decision.tier, decision.ask) == ("write", "head", True)
 
 
-async def test_third_party_plugin_joins_through_its_examples() -> None:
-    router = Router.load(plugins(Rhyme()), Settings())
+async def test_third_party_plugin_joins_through_its_examples(tmp_path: Path) -> None:
+    router = Router.load(plugins(Rhyme()), Settings(home=tmp_path))
     assert (await router.route([user("find words that rhyme with silver")])).task == "rhyme"
     assert (await router.route([user("write a rhyming poem about a silver spoon")])).task == "write"
     assert (await router.route([user("为什么海水是咸的")])).task == "qa"
 
 
-async def test_task_that_is_not_loaded_is_never_chosen() -> None:
-    router = Router.load({name: plugin for name, plugin in plugins().items() if name != "write"}, Settings())
+async def test_task_that_is_not_loaded_is_never_chosen(tmp_path: Path) -> None:
+    router = Router.load(
+        {name: plugin for name, plugin in plugins().items() if name != "write"}, Settings(home=tmp_path)
+    )
     decision = await router.route([user("write a poem")])
     assert "write" not in decision.probabilities
     assert decision.task != "write"
@@ -240,10 +242,10 @@ def test_normalizing_keeps_the_length_of_any_text() -> None:
         assert len(normalize(text)) == len(text)
 
 
-def test_mapped_word_vectors_give_the_same_embedding(tmp_path: Path) -> None:
-    plain, mapped = Encoder(), Encoder(tmp_path)
+def test_word_vectors_left_on_disk_give_the_same_embedding(tmp_path: Path) -> None:
+    plain, lean = Encoder(), Encoder(tmp_path)
     texts = ["写一首诗", "sum it up"]
-    assert np.array_equal(plain.embed(texts), mapped.embed(texts))
+    assert np.array_equal(plain.embed(texts), lean.embed(texts))
     assert len(list(tmp_path.iterdir())) == 1
 
 
