@@ -27,7 +27,7 @@ STREAMS = 30
 ROUNDS = 5
 TOKENS_PER_S = 30
 FIRST_TEXT = re.compile(rb'"content": ?"[^"]')
-REPLY_TEXT = re.compile(rb'\[1,"content",\d+,"text"\]|\[1,"content",\d+\],\{"text"')  # in Gradio's diffs
+REPLY_TEXT = re.compile(rb'\[1,"content",\d+,"text"\]|\[1,"content",\d+\],\{"type":"text"')  # in Gradio's diffs
 MESSAGE = "Write a calm text about a river in spring, number {number}."
 
 
