@@ -163,7 +163,7 @@ class ReplicaApp:
                 self._progressed_at = time.monotonic()
                 if first:
                     self._meters.first_frame.observe(self._progressed_at - started)
-                    await send(_HEAD)
+                    await send(_head())
                     first = False
                 ended = isinstance(batch[-1], End)
                 await send({"type": "http.response.body", "body": _encode(batch), "more_body": not ended})
@@ -277,11 +277,10 @@ class _Outbox:
             self.finished = True
 
 
-_HEAD = {
-    "type": "http.response.start",
-    "status": 200,
-    "headers": [(b"content-type", CONTENT_TYPE.encode()), (b"cache-control", b"no-store")],
-}
+def _head() -> Message:
+    """The start of a reply; a new one each time, because Serve appends its own headers to the list it is given."""
+    headers = [(b"content-type", CONTENT_TYPE.encode()), (b"cache-control", b"no-store")]
+    return {"type": "http.response.start", "status": 200, "headers": headers}
 
 
 def _encode(batch: Batch) -> bytes:

@@ -221,6 +221,12 @@ async def test_ready_engine_says_so_and_describes_itself(wire: Wire) -> None:
     assert unknown.status_code == 404
 
 
+async def test_headers_of_a_reply_do_not_grow_with_the_replies_before(wire: Wire) -> None:
+    async with wire.client() as client:
+        replies = [await client.post("/v1/generate", json=request("hi", sampling={"max_tokens": 1})) for _ in range(3)]
+    assert len({len(reply.headers.multi_items()) for reply in replies}) == 1
+
+
 async def test_streams_side_by_side_do_not_mix(wire: Wire) -> None:
     alone = [await wire.generate(f"Tell me about {n}.") for n in range(4)]
     together = await asyncio.gather(*(wire.generate(f"Tell me about {n}.") for n in range(4)))
