@@ -111,7 +111,7 @@ def test_greedy_tokens_are_those_of_the_transformers_route(
     assert batches[0]["input_ids"].tolist() == batches[1]["input_ids"].tolist()
     replies = _greedy(ours, batches[0])
     assert replies == _greedy(reference, batches[1])
-    assert all(len(reply) == batches[0]["input_ids"].shape[1] + 32 for reply in replies)
+    assert all(len(reply) > batches[0]["input_ids"].shape[1] for reply in replies)
 
 
 def test_text_survives_the_tokenizer(converted: Path) -> None:
