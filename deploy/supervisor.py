@@ -2,8 +2,7 @@
 
 A crashed child comes back after a pause that doubles from 0.2 s to 10 s and falls back once the child has lived
 half a minute. A child whose first start ends with `FATAL` says that starting again cannot help. What happens when the
-supervisor
-itself is killed is `deploy.guardian`'s part.
+supervisor itself is killed is `deploy.guardian`'s part.
 """
 
 import asyncio

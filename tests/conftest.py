@@ -1,4 +1,4 @@
-"""Fixtures for every test folder: free ports, the home shared by test runs, engine fleets.
+"""Fixtures for every test folder: free ports, the home shared by test runs, engine fleets, a browser.
 
 `scripted_fleet` and `vllm_fleet` start once per session; their type is `tests.processes.Fleet`.
 """
@@ -6,22 +6,35 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
+from playwright.async_api import Browser, async_playwright
 
+from onebox import sockets
 from onebox.settings import Settings
-from tests.processes import ROOT, Fleet, FleetSpec, pick_free_port, run_fleet
+from tests.processes import ROOT, Fleet, FleetSpec, run_fleet
 
 TEST_MODEL = "smollm2-135m"
 FETCH = "from onebox.settings import read_settings; from serving.models import resolve; resolve(read_settings())"
 
 
+CHROMIUM = "/usr/bin/chromium"
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-sync",
+    "--disable-component-update",
+    "--no-first-run",
+]
+
+
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
     """A function that picks a free loopback port."""
-    return pick_free_port
+    return sockets.free_port
 
 
 @pytest.fixture(scope="session")
@@ -55,3 +68,11 @@ def vllm_fleet(smollm2_settings: Settings, tmp_path_factory: pytest.TempPathFact
     values = {"home": str(smollm2_settings.home), "engine": "vllm", "model": TEST_MODEL, "engine_ingress": "haproxy"}
     with run_fleet(FleetSpec(values), tmp_path_factory.mktemp("fleet") / "fleet.log") as fleet:
         yield fleet
+
+
+@pytest.fixture(scope="session")
+async def browser() -> AsyncIterator[Browser]:
+    async with async_playwright() as playwright:
+        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        await browser.close()

@@ -6,7 +6,6 @@ The pytest process itself never imports ray or vllm: their import warnings would
 import os
 import secrets
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+
+from onebox.sockets import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 600
@@ -51,17 +52,10 @@ class FleetSpec:
         return inherited | {f"ONEBOX_{name.upper()}": value for name, value in own.items()}
 
 
-def pick_free_port() -> int:
-    """A TCP port of the loopback address that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @contextmanager
 def run_fleet(spec: FleetSpec, log: Path) -> Iterator[Fleet]:
     """A fleet that is ready, ended with everything it started on leaving."""
-    port, token = pick_free_port(), secrets.token_hex(16)
+    port, token = free_port(), secrets.token_hex(16)
     with log.open("wb") as sink:
         process = subprocess.Popen(
             [sys.executable, "-m", "deploy.fleet"],

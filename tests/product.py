@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.sockets import free_port
+from onebox.sockets import free_port
 
 ROOT = Path(__file__).resolve().parent.parent
 KEY = "ob-bench-key-0123456789abcdef"

@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import contextlib
-import ipaddress
 import logging
 import socket
 import sys
@@ -18,6 +17,7 @@ from fastapi.responses import JSONResponse
 from onebox.client import Client
 from onebox.errors import OneboxError, SetupError
 from onebox.settings import Settings, read_settings
+from onebox.sockets import check_bind, listen
 from ui.chat import Chat
 from ui.page import ASSETS, Page
 from ui.stream import Pace, Stops
@@ -91,11 +91,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         settings = read_settings()
-        if not settings.insecure_bind and not _is_loopback(settings.host):
-            raise SetupError(
-                f"ONEBOX_HOST {settings.host!r} is reachable from outside and the page asks nobody for a key. "
-                "Put a proxy with sign-in and TLS in front and set ONEBOX_INSECURE_BIND=1, or bind 127.0.0.1."
-            )
+        listener = socket.socket(fileno=options.fd) if options.fd is not None else _listen(settings)
     except SetupError as error:
         sys.stderr.write(f"{error.message}\n")
         return 1
@@ -103,23 +99,18 @@ def main() -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     config = uvicorn.Config(
         build_app(settings, Pace()),
-        host=settings.host,
-        port=settings.ui_port,
         log_level=settings.log_level,
         access_log=False,
         timeout_graceful_shutdown=5,
     )
-    sockets = [socket.socket(fileno=options.fd)] if options.fd is not None else None
     server = uvicorn.Server(config)
-    asyncio.run(server.serve(sockets))
+    asyncio.run(server.serve([listener]))
     return 0 if server.started else 1
 
 
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+def _listen(settings: Settings) -> socket.socket:
+    check_bind(settings)
+    return listen(settings.host, settings.ui_port, "ONEBOX_UI_PORT")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,8 @@ from pathlib import Path
 import httpx
 
 from deploy.store import EmbeddedStore
-from tests.processes import ROOT, pick_free_port
+from onebox.sockets import free_port
+from tests.processes import ROOT
 
 START_TIMEOUT_S = 60
 ADMIN_KEY = "test-admin-key"
@@ -84,7 +85,7 @@ class Stack:
     def __post_init__(self) -> None:
         """Describe the processes; nothing is started."""
         self.token = secrets.token_hex(8)
-        self.engine_port, self.api_port = pick_free_port(), pick_free_port()
+        self.engine_port, self.api_port = free_port()()
         self.url = f"http://127.0.0.1:{self.api_port}"
         self.engine_url = f"http://127.0.0.1:{self.engine_port}"
         self.headers = {"authorization": f"Bearer {ADMIN_KEY}"}

@@ -9,7 +9,7 @@ import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 
-from deploy.sockets import free_port
+from onebox.sockets import free_port
 from tests.bench import report
 from tests.bench.load import Target, interleave, medians
 from tests.bench.peers import peer_python

@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from deploy.sockets import free_port
+from onebox.sockets import free_port
 from tests.bench import report
 from tests.ui.stack import KEY, run_stack
 

@@ -2,16 +2,17 @@ import socket
 
 import pytest
 
-from deploy import checks, sockets
+from deploy import checks
+from onebox import sockets
 from onebox.errors import SetupError
 from onebox.settings import Settings, read_settings
 
 
 def test_an_address_beyond_this_machine_is_refused_without_an_explicit_word() -> None:
     with pytest.raises(SetupError, match="ONEBOX_INSECURE_BIND"):
-        checks.check_bind(Settings(host="0.0.0.0"))
-    checks.check_bind(Settings(host="0.0.0.0", insecure_bind=True))
-    checks.check_bind(Settings(host="127.0.0.1"))
+        sockets.check_bind(Settings(host="0.0.0.0"))
+    sockets.check_bind(Settings(host="0.0.0.0", insecure_bind=True))
+    sockets.check_bind(Settings(host="127.0.0.1"))
 
 
 def test_a_taken_port_is_named_with_the_variable_that_moves_it() -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from deploy import instance
 from deploy.guardian import marked
-from deploy.sockets import free_port
+from onebox.sockets import free_port
 from tests.e2e.conftest import SCRIPTED
 from tests.product import KEY, ROOT, Product, product
 

@@ -10,7 +10,8 @@ import httpx
 import pytest
 
 from onebox.settings import Settings
-from tests.processes import ROOT, FleetSpec, pick_free_port, run_fleet, wait_until_ready
+from onebox.sockets import free_port
+from tests.processes import ROOT, FleetSpec, run_fleet, wait_until_ready
 from tests.serving.wire import Wire
 
 MAX_ONGOING, MAX_QUEUED = 4, 2
@@ -31,7 +32,7 @@ def start_directly(test_home: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
     @contextmanager
     def serve(values: dict[str, str], *fault: str) -> Iterator[Wire]:
-        port = pick_free_port()
+        port = free_port()
         log = tmp_path_factory.mktemp("direct") / "server.log"
         with log.open("wb") as sink:
             process = subprocess.Popen(

@@ -7,21 +7,10 @@ from dataclasses import dataclass
 
 import pytest
 import uvicorn
-from playwright.async_api import Browser, async_playwright
 
-from deploy.sockets import free_port
+from onebox.sockets import free_port
 from tests.ui.fake_gateway import FakeGateway
 from tests.ui.stack import Stack, run_stack
-
-CHROMIUM = "/usr/bin/chromium"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-sync",
-    "--disable-component-update",
-    "--no-first-run",
-]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,11 +48,3 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Everything real but the model."""
     with run_stack(tmp_path_factory.mktemp("ui"), scripted_itl_ms="20") as running:
         yield running
-
-
-@pytest.fixture(scope="session")
-async def browser() -> AsyncIterator[Browser]:
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        await browser.close()

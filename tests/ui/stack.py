@@ -13,8 +13,8 @@ from pathlib import Path
 
 import httpx
 
-from deploy.sockets import free_port
 from deploy.store import prepare
+from onebox.sockets import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 90.0
