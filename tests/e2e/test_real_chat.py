@@ -30,7 +30,7 @@ async def test_a_person_types_sees_the_reply_grow_stops_regenerates_and_finds_it
     await page.click("#ob-stop")
     await expect(page.locator("#ob-beacon [data-state=idle]")).to_be_attached(timeout=30_000)
     stopped = await page.locator(REPLY).last.inner_text()
-    assert re.search(r"\w+ \w+", stopped)
+    assert re.search(r"\w{3,}", stopped)
     await expect(page.locator(".ob-chip summary").last).to_contain_text("%")
 
     await page.click("#ob-chat button[aria-label=Retry]")
