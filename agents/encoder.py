@@ -39,7 +39,7 @@ class Encoder:
                 use = USE(threads=1)
                 use.encode("a")
                 if self._cache_dir is not None:
-                    use._model.table = _on_disk(use._model.table, self._cache_dir)
+                    use._model.table = _on_disk(use._model.table, self._cache_dir)  # pyright: ignore[reportAttributeAccessIssue]
                 self._use = use
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -118,7 +118,8 @@ def temperature(scores: NDArray[np.float32], labels: NDArray[np.int64]) -> float
         norm = np.log(np.exp(scaled - scaled.max(1, keepdims=True)).sum(1)) + scaled.max(1)
         return float((norm - scaled[np.arange(len(labels)), labels]).mean())
 
-    return round(float(np.exp(minimize_scalar(loss, bounds=(-2, 2), method="bounded").x)), 3)
+    found: Any = minimize_scalar(loss, bounds=(-2, 2), method="bounded")  # scipy's type has no fields
+    return round(float(np.exp(found.x)), 3)
 
 
 def train(items: Sequence[Labelled], encoder: Encoder) -> tuple[Head, float]:

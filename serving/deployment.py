@@ -6,7 +6,7 @@ Used by `deploy.fleet` and, through `build_app`, by `serve deploy deploy/serve.y
 
 import importlib.metadata
 import logging
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import serve
@@ -61,7 +61,7 @@ async def _start_engine(settings: Settings) -> "Engine":
 
 def build(settings: Settings) -> Application:
     """The application for these settings."""
-    options: dict[str, object] = {
+    options: dict[str, Any] = {
         "name": "engine",
         "num_replicas": settings.engine_replicas,
         "max_ongoing_requests": settings.engine_max_ongoing + settings.engine_max_queued + SPARE_REQUESTS,
@@ -72,8 +72,8 @@ def build(settings: Settings) -> Application:
         "health_check_timeout_s": 30.0,
         "max_constructor_retry_count": 2,
     }
-    deployment = serve.deployment(serve.ingress()(EngineReplica), **options, **_placement(settings))
-    return deployment.bind(_plain(settings))
+    decorate = serve.deployment(**options, **_placement(settings))
+    return decorate(serve.ingress()(EngineReplica)).bind(_plain(settings))
 
 
 def build_app(args: dict[str, Plain]) -> Application:
@@ -81,7 +81,7 @@ def build_app(args: dict[str, Plain]) -> Application:
     return build(read_settings(**args))
 
 
-def _placement(settings: Settings) -> dict[str, object]:
+def _placement(settings: Settings) -> dict[str, Any]:
     if settings.engine == "scripted":
         return {"ray_actor_options": {"num_cpus": 0}}
     if not _has_gpus():

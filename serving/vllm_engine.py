@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from logging import getLogger
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY, generate_latest
 
@@ -35,6 +35,7 @@ from serving.protocol import (
 if TYPE_CHECKING:
     from vllm import RequestOutput, SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.inputs import TokensPrompt
     from vllm.logprobs import Logprob
     from vllm.sampling_params import StructuredOutputsParams
     from vllm.tokenizers import TokenizerLike
@@ -153,7 +154,7 @@ class VllmEngine:
                 f"Model {self._alias!r} has no chat template, so messages cannot be rendered. "
                 "Send 'prompt_token_ids', or serve an instruct model."
             )
-        conversation = [{"role": message.role, "content": message.content} for message in messages]
+        conversation: list[Any] = [{"role": message.role, "content": message.content} for message in messages]
         try:
             ids = self._tokenizer.apply_chat_template(
                 conversation, add_generation_prompt=True, tokenize=True, return_dict=False
@@ -173,7 +174,7 @@ class VllmEngine:
 
         sampling = request.sampling
         asked = {"temperature": sampling.temperature, "top_p": sampling.top_p}
-        drawing = self._defaults | {name: value for name, value in asked.items() if value is not None}
+        drawing: dict[str, Any] = self._defaults | {name: value for name, value in asked.items() if value is not None}
         return SamplingParams(
             max_tokens=min(sampling.max_tokens, room),
             seed=sampling.seed,
@@ -311,7 +312,9 @@ async def _batches(
         if continuation is not None:
             text, stopped = continuation.advance(ids, reason, choice.stop_reason)
             reason = "stop" if stopped else reason
-        frame = Frame(text, ids, _tokens(ids, choice.logprobs, rivals or 0))
+        # FlatLogprobs come only where flat_logprobs is asked for.
+        tokens = _tokens(ids, choice.logprobs, rivals or 0)  # pyright: ignore[reportArgumentType]
+        frame = Frame(text, ids, tokens)
         if reason is not None:
             yield frame, End(_finish(reason), prompt_tokens, drawn)
             return
@@ -319,8 +322,13 @@ async def _batches(
             yield (frame,)
 
 
-def _tokens_prompt(ids: list[int], cache_salt: str | None) -> dict[str, object]:
-    return {"prompt_token_ids": ids} | ({} if cache_salt is None else {"cache_salt": cache_salt})
+def _tokens_prompt(ids: list[int], cache_salt: str | None) -> "TokensPrompt":
+    from vllm.inputs import TokensPrompt
+
+    prompt = TokensPrompt(prompt_token_ids=ids)
+    if cache_salt is not None:
+        prompt["cache_salt"] = cache_salt
+    return prompt
 
 
 def _finish(reason: str) -> FinishReason:

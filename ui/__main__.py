@@ -13,6 +13,7 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
+from gradio.themes import Base
 
 from onebox.client import Client
 from onebox.errors import OneboxError, SetupError
@@ -69,7 +70,7 @@ def build_app(settings: Settings, pace: Pace) -> FastAPI:
         ssr_mode=False,
         enable_monitoring=False,
         mcp_server=False,
-        theme=gr.themes.Base(font=[], font_mono=[]),
+        theme=Base(font=[], font_mono=[]),
         css_paths=ASSETS / "page.css",
         head=f"<script>{(ASSETS / 'page.js').read_text(encoding='utf-8')}</script>"
         '<meta name="viewport" content="width=device-width, initial-scale=1">',

@@ -77,7 +77,7 @@ def messages(
         if turn.variants:
             content = _answer(turn, index, tasks, words, live if last else None, last)
         else:
-            content = [_html(_note(words.stopped))]
+            content = list[TextPart | HtmlPart]([_html(_note(words.stopped))])
         result.append(_message("assistant", content))
     return result
 

@@ -85,7 +85,7 @@ class Stack:
     def __post_init__(self) -> None:
         """Describe the processes; nothing is started."""
         self.token = secrets.token_hex(8)
-        self.engine_port, self.api_port = free_port()()
+        self.engine_port, self.api_port = free_port(), free_port()
         self.url = f"http://127.0.0.1:{self.api_port}"
         self.engine_url = f"http://127.0.0.1:{self.engine_port}"
         self.headers = {"authorization": f"Bearer {ADMIN_KEY}"}
