@@ -45,7 +45,7 @@ from serving.protocol import (
 CANARY_TIMEOUT_S = 2.0
 CANARY_FRESH_S = 1.0
 BUSY_FRESH_S = 10.0
-MEASURED_TOKENS = 24
+MEASURED_TOKENS = 8
 RETRY_AFTER_S = 1.0
 
 _log = getLogger(__name__)

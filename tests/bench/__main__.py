@@ -1,10 +1,10 @@
-"""`make bench [ARGS="path routing start page"]`: run benchmarks and write docs/benchmarks.md."""
+"""`make bench [ARGS="path routing start page convert"]`: run benchmarks and write docs/benchmarks.md."""
 
 import asyncio
 import importlib
 import sys
 
-BENCHMARKS = {"path": "path", "routing": "routing", "start": "start", "page": "ui_streams"}
+BENCHMARKS = {"path": "path", "routing": "routing", "start": "start", "page": "ui_streams", "convert": "convert"}
 
 
 def main() -> None:
