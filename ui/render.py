@@ -207,8 +207,14 @@ def _chip_name(variant: Variant, tasks: Sequence[TaskInfo], words: Strings) -> s
     name = " → ".join(task_title(step, tasks, words) for step in (route.plan or (route.task,)))
     if route.tier == "explicit":
         return f"{name} · {words.chip_chosen}"
-    share = route.probabilities.get(route.task)
-    return name if share is None else f"{name} · {share:.0%}".replace("%", " %")
+    # The probabilities are those of single tasks; a chain has none of its own.
+    share = route.probabilities.get(route.task) if len(route.plan) < 2 else None
+    return name if share is None else f"{name} · {_percent(share)}"
+
+
+def _percent(share: float) -> str:
+    """Never a full 100 %: a router is not that sure of anything."""
+    return "> 99 %" if share >= 0.995 else f"{100 * share:.0f} %"
 
 
 def _other_task(variant: Variant, task: TaskInfo, words: Strings) -> str:
