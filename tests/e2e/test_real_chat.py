@@ -28,14 +28,15 @@ async def test_a_person_types_sees_the_reply_grow_stops_regenerates_and_finds_it
     await page.keyboard.press("Enter")
     await page.wait_for_function("window.lengths.size >= 4", timeout=60_000)
     await page.click("#ob-stop")
-    await expect(page.locator("#ob-beacon [data-state=idle]")).to_be_attached(timeout=30_000)
+    await expect(page.locator("#ob-stop")).to_be_hidden(timeout=30_000)
     stopped = await page.locator(REPLY).last.inner_text()
     assert re.search(r"\w{3,}", stopped)
     await expect(page.locator(".ob-chip summary").last).to_contain_text("%")
 
     await page.click("#ob-chat button[aria-label=Retry]")
     await expect(page.locator(".ob-variants")).to_contain_text("2 / 2")
-    await expect(page.locator("#ob-beacon [data-state=idle]")).to_be_attached(timeout=120_000)
+    await expect(page.locator("#ob-stop")).to_be_hidden(timeout=120_000)
+    await expect(page.locator("#ob-beacon [data-state=idle]")).to_be_attached(timeout=30_000)
     again = await page.locator(REPLY).last.inner_text()
 
     await page.reload()
