@@ -89,7 +89,7 @@ def _question(index: int) -> str:
 
 async def _as_the_plugin_sends(text: str) -> list[dict[str, str]]:
     context = ScriptedContext(replies=["…"])
-    await collect(load_plugins(("write",))["write"], text, context=context)
+    await collect(load_plugins(("write",))["write"], text, ctx=context)
     return [{"role": message.role, "content": message.text} for message in context.calls[0].messages]
 
 
