@@ -183,6 +183,8 @@ def _ray_environment(settings: Settings, scratch: Path) -> dict[str, str]:
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_enable_metrics_collection": "0",
         "RAY_SERVE_LOG_TO_STDERR": "0",
+        # Ray gives its workers the lowest but four priority; the engine is what everybody waits for.
+        "RAY_worker_niceness": "0",
         # On a busy machine the proxy takes longer than the default 5 s, is killed for it and never comes up.
         "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     }
