@@ -247,8 +247,8 @@ def _prepare_environment(settings: Settings, model: ResolvedModel) -> None:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         # Ray sets 1 for an actor of one CPU.
         "OMP_NUM_THREADS": str(threads),
-        # Threads spin briefly at their barriers, then sleep. On an idle machine (2 cores, smollm2-135m; 1, 8, 16 streams)
-        # 20,000 turns give 44, 300, 482 tok/s, as does the default of 300,000; 1,000 turns 34, 252, 417, and
+        # Threads spin briefly at their barriers, then sleep. On an idle machine (2 cores, smollm2-135m; 1, 8, 16)
+        # streams, 20,000 turns give 44, 300, 482 tok/s, as does the default of 300,000; 1,000 turns 34, 252, 417, and
         # OMP_WAIT_POLICY=PASSIVE 28, 220, 378. Long spinning starves the other processes of a busy machine.
         "GOMP_SPINCOUNT": "20000",
         # A fork of a process with Ray's and torch's threads may deadlock.
