@@ -10,6 +10,7 @@ import fcntl
 import fnmatch
 import hashlib
 import importlib.util
+import os
 import shutil
 import subprocess
 import sys
@@ -325,13 +326,13 @@ def _is_wanted(name: str) -> bool:
 
 
 def _growing_bytes(folder: Path) -> int:
-    """Bytes under a folder another process writes to: files may go while they are counted."""
-    size = 0
-    for file in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):
-            if file.is_file():
-                size += file.stat().st_size
-    return size
+    """The bytes in a folder that another process fills and tidies meanwhile."""
+    total = 0
+    for parent, _, names in os.walk(folder):  # passes over folders that vanish, as Path.rglob does not
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(os.path.join(parent, name)).st_size
+    return total
 
 
 def _sha256(path: Path) -> str:

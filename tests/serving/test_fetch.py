@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from onebox.errors import SetupError
+from serving import download as download_module
 from serving.catalogue import Model
 from serving.download import DamagedDownload, NotReached, download
 from tests.processes import ROOT
@@ -235,3 +236,20 @@ def test_the_command_refuses_an_unknown_model_in_one_line(home: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.strip().startswith("Model 'nix' is unknown")
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_folder_that_vanishes_while_its_bytes_are_counted_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "file").write_bytes(b"12345")
+    (tmp_path / "gone").mkdir()
+    scandir = os.scandir
+
+    def scan(path: str) -> object:
+        if str(path).endswith("gone"):
+            raise FileNotFoundError(path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", scan)
+    assert download_module._growing_bytes(tmp_path) == 5
