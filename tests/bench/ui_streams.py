@@ -26,6 +26,7 @@ from tests.ui.stack import KEY, run_stack
 STREAMS = 30
 ROUNDS = 5
 TOKENS_PER_S = 30
+REPLY = "150"  # tokens
 FIRST_TEXT = re.compile(rb'"content": ?"[^"]')
 REPLY_TEXT = re.compile(rb'\[1,"content",\d+,"text"\]|\[1,"content",\d+\],\{"type":"text"')  # in Gradio's diffs
 MESSAGE = "Write a calm text about a river in spring, number {number}."
@@ -47,7 +48,9 @@ async def main() -> None:
     """Run it and write the section `page`."""
     with tempfile.TemporaryDirectory(prefix="ob-") as folder:
         itl = str(1000 / TOKENS_PER_S)
-        with run_stack(Path(folder), scripted_itl_ms=itl, scripted_ttft_ms="50", log_level="warning") as stack:
+        with run_stack(
+            Path(folder), scripted_itl_ms=itl, scripted_ttft_ms="50", max_tokens_default=REPLY, log_level="warning"
+        ) as stack:
             naive_port = free_port()
             stack.start("naive", sys.executable, "-m", "tests.bench.naive_page", ui_port=str(naive_port))
             stack.wait_for(f"http://127.0.0.1:{naive_port}/healthz", "naive")
