@@ -22,6 +22,7 @@ from types import FrameType
 
 import psutil
 
+from deploy.supervisor import FATAL
 from onebox.errors import SetupError
 from onebox.settings import Settings, read_settings
 
@@ -36,12 +37,16 @@ PR_SET_CHILD_SUBREAPER = 36
 _log = logging.getLogger("onebox.fleet")
 
 
+class _Lost(SetupError):
+    """A part of a running fleet died; starting again may help."""
+
+
 class _Stop(BaseException):
     """Somebody asked the fleet to end."""
 
 
 def main() -> int:
-    """Runs until a signal comes; the exit code."""
+    """Runs until a signal comes. The exit code: `FATAL` where the fleet could not start."""
     _catch_signals()
     try:
         settings = read_settings()
@@ -51,7 +56,7 @@ def main() -> int:
         return 0
     except SetupError as error:
         sys.stderr.write(f"{error.message}\n")
-        return 1
+        return 1 if isinstance(error, _Lost) else FATAL
     return 0
 
 
@@ -167,7 +172,7 @@ def _watch() -> None:
     while True:
         for process in core:
             if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
-                raise SetupError(f"Ray's process {process.pid} died. The fleet has to be started again.")
+                raise _Lost(f"Ray's process {process.pid} died. The fleet has to be started again.")
         time.sleep(WATCH_INTERVAL_S)
 
 

@@ -19,14 +19,14 @@ from tests.e2e.conftest import SCRIPTED
 from tests.product import KEY, ROOT, Product, product
 
 
-def deploy(*words: str, **env: str) -> subprocess.CompletedProcess[str]:
+def deploy(*words: str, timeout_s: float = 60, **env: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         (sys.executable, "-m", "deploy", *words),
         cwd=ROOT,
         env={**os.environ, **env},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=timeout_s,
         check=False,
     )
 
@@ -127,3 +127,22 @@ def test_down_without_an_instance_says_so(tmp_path: Path) -> None:
     done = deploy("down", ONEBOX_HOME=str(tmp_path))
     assert done.returncode == 0
     assert "not running" in done.stdout
+
+
+def test_a_model_that_does_not_load_ends_up_with_one_line_that_says_what_to_do(tmp_path: Path) -> None:
+    folder = tmp_path / "broken-model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    done = deploy(
+        "up",
+        timeout_s=180,
+        ONEBOX_HOME=str(tmp_path / "home"),
+        ONEBOX_MODEL=str(folder),
+        ONEBOX_API_PORT="0",
+        ONEBOX_UI_PORT="0",
+        ONEBOX_ENGINE_PORT="0",
+    )
+    assert done.returncode == 1
+    assert "Traceback" not in done.stdout + done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("onebox: The engine did not start")

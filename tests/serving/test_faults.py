@@ -10,6 +10,7 @@ import httpx
 import orjson
 import pytest
 
+from deploy.supervisor import FATAL
 from tests.processes import ROOT
 from tests.serving.wire import Wire, request
 
@@ -75,6 +76,6 @@ async def test_fleet_that_cannot_start_says_why_in_one_line(instance: str, free_
             stderr=asyncio.subprocess.PIPE,
         )
         _, stderr = await fleet.communicate()
-    assert fleet.returncode == 1
+    assert fleet.returncode == FATAL
     (line,) = stderr.decode().splitlines()
     assert {"token": "ONEBOX_INTERNAL_TOKEN", "port": f"Port {port} is taken"}[instance] in line
