@@ -10,12 +10,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final, Literal
 
+import numpy as np
 from langchain_core.decisions import BaseDecisionModel, Choice, ChoiceAnswer, ClassifierResponse, Question, State
 from langchain_core.messages import BaseMessage
+from numpy.typing import NDArray
 from pydantic import PrivateAttr
 from typing_extensions import override
 
-from agents.encoder import Encoder
+from agents.encoder import Encoder, Together
 from agents.plan import find_plan
 from agents.plugin_match import PluginMatch
 from agents.router_features import TASKS
@@ -52,6 +54,7 @@ class Router(BaseDecisionModel):
 
     _head: Head = PrivateAttr()
     _encoder: Encoder = PrivateAttr()
+    _together: Together = PrivateAttr()
     _tasks: tuple[str, ...] = PrivateAttr(default=TASKS)
     _summaries: dict[str, str] = PrivateAttr(default_factory=dict)
     _match: PluginMatch | None = PrivateAttr(default=None)
@@ -62,13 +65,13 @@ class Router(BaseDecisionModel):
     def model_post_init(self, context: object, /) -> None:
         super().model_post_init(context)
         self._head = Head.load()
-        self._encoder = Encoder()
+        self._use(Encoder())
 
     @classmethod
     def load(cls, plugins: Mapping[str, Plugin], settings: Settings) -> "Router":
         """A router over `plugins`. Returns at once; the embedding model loads with `warm` or the first message."""
         router = cls()
-        router._encoder = Encoder(_cache_dir(settings.home_dir))
+        router._use(Encoder(_cache_dir(settings.home_dir)))
         router._tasks = tuple(plugins) or TASKS
         router._summaries = {name: plugin.summary["en"] for name, plugin in plugins.items() if name not in TASKS}
         others = [plugin for name, plugin in plugins.items() if name not in TASKS]
@@ -89,7 +92,7 @@ class Router(BaseDecisionModel):
 
     async def warm(self) -> None:
         """Load what the first decision needs, in a thread."""
-        await asyncio.to_thread(self._judge, (Message("user", "hello"),))
+        await asyncio.to_thread(self._judge_alone, (Message("user", "hello"),))
 
     async def route(
         self, messages: Sequence[Message], *, explicit: str | None = None, llm: LLM | None = None
@@ -111,9 +114,9 @@ class Router(BaseDecisionModel):
             return Routed(fallback, (fallback,), shares, "default", _since(began))
         heard = tuple(messages[: asked[-1] + 1])
         if self._encoder.loaded and sum(len(messages[index].text) for index in asked[-3:]) <= INLINE_CHARS:
-            judgement, shares = self._judge(heard)
+            judgement, shares = self._judge(heard, await self._together.embed(self._head.embedded(heard)))
         else:
-            judgement, shares = await asyncio.to_thread(self._judge, heard)
+            judgement, shares = await asyncio.to_thread(self._judge_alone, heard)
         tier: Tier = "head"
         if max(shares.values()) < self._threshold and self._engine and llm is not None:
             asked_engine = await self._ask_engine(heard, shares, llm)
@@ -148,7 +151,7 @@ class Router(BaseDecisionModel):
             raise ValueError(
                 "The state has no user message at its end: give a text or messages that end with the user's."
             )
-        _, shares = self._judge(messages)
+        _, shares = self._judge_alone(messages)
         answers: dict[str, ChoiceAnswer] = {}
         for name, question in questions.items():
             if not isinstance(question, Choice):
@@ -167,8 +170,14 @@ class Router(BaseDecisionModel):
             )
         return ClassifierResponse(model=self.model, answers=dict(answers))
 
-    def _judge(self, messages: Sequence[Message]) -> tuple[Judgement, dict[str, float]]:
-        judgement = self._head.judge(messages, self._encoder)
+    def _use(self, encoder: Encoder) -> None:
+        self._encoder, self._together = encoder, Together(encoder)
+
+    def _judge_alone(self, messages: Sequence[Message]) -> tuple[Judgement, dict[str, float]]:
+        return self._judge(messages, self._encoder.embed(self._head.embedded(messages)))
+
+    def _judge(self, messages: Sequence[Message], vectors: NDArray[np.float32]) -> tuple[Judgement, dict[str, float]]:
+        judgement = self._head.judge(messages, vectors)
         known = {task: float(p) for task, p in zip(TASKS, judgement.probabilities, strict=True) if task in self._tasks}
         if self._match is not None:
             taken = self._match.shares(judgement.instruction.text, judgement.embedding)

@@ -12,7 +12,6 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.encoder import Encoder
 from agents.instruction import Instruction
 from agents.router_features import TASKS, Features, embedded_text, extract, follow_up, instructions
 from onebox.events import Cue
@@ -78,11 +77,17 @@ class Head:
         result: NDArray[np.float32] = scores + np.concatenate([features.dense, extra]) @ self.dense + self.bias
         return result
 
-    def judge(self, messages: Sequence[Message], encoder: Encoder) -> Judgement:
-        """The probabilities for the last user message of `messages`, earlier turns considered."""
+    def embedded(self, messages: Sequence[Message]) -> list[str]:
+        """The texts whose embeddings `judge` wants, oldest first."""
+        return [embedded_text(instruction) for instruction in instructions(messages)]
+
+    def judge(self, messages: Sequence[Message], vectors: NDArray[np.float32]) -> Judgement:
+        """The probabilities for the last user message of `messages`, earlier turns considered.
+
+        `vectors` has one row for each text of `embedded(messages)`.
+        """
         asked = [index for index, message in enumerate(messages) if message.role == "user"][-3:]
         found = instructions(messages)
-        vectors = encoder.embed([embedded_text(instruction) for instruction in found])
         previous: NDArray[np.float32] | None = None
         judgement: Judgement | None = None
         for position, (index, instruction) in enumerate(zip(asked, found, strict=True)):

@@ -1,5 +1,6 @@
 """The router: what it decides, how it says why, and that the shipped weights are what the data gives."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -309,3 +310,24 @@ def test_route_command_says_what_is_wrong_with_a_file(tmp_path: Path) -> None:
 def test_calibration_error_is_zero_for_a_router_that_knows_how_sure_it_may_be() -> None:
     assert expected_calibration_error([0.75] * 4, [True, True, True, False]) == pytest.approx(0.0)
     assert expected_calibration_error([0.95] * 2, [False, False]) == pytest.approx(0.95)
+
+
+async def test_messages_routed_at_once_share_passes_and_get_the_decisions_they_get_alone() -> None:
+    router = Router()
+    await router.warm()
+    texts = [f"Translate into French: number {i}" if i % 2 else f"写一首关于第{i}个月的诗" for i in range(40)]
+    alone = [await router.route([user(text)]) for text in texts]
+    together = await asyncio.gather(*(router.route([user(text)]) for text in texts))
+    assert [decision.task for decision in together] == [decision.task for decision in alone]
+    for one, other in zip(alone, together, strict=True):
+        assert one.probabilities == pytest.approx(other.probabilities, abs=1e-3)
+
+
+async def test_a_caller_that_gives_up_does_not_spoil_the_pass_for_the_others() -> None:
+    router = Router()
+    await router.warm()
+    given_up = asyncio.ensure_future(router.route([user("Translate into French: one")]))
+    kept = asyncio.ensure_future(router.route([user("Translate into French: two")]))
+    await asyncio.sleep(0)
+    given_up.cancel()
+    assert (await kept).task == "translate"
