@@ -51,9 +51,16 @@ def _is_local(url: str) -> bool:
     return url.startswith(("http://127.0.0.1:", "data:", "blob:"))
 
 
-async def say(page: Page, text: str) -> None:
+async def enter(page: Page, text: str) -> None:
     await page.fill("#ob-input textarea", text)
     await page.keyboard.press("Enter")
+
+
+async def say(page: Page, text: str) -> None:
+    """Send a message and wait until the page has taken it: before that it still looks done with the one before."""
+    count = await page.locator("#ob-chat .user-row").count()
+    await enter(page, text)
+    await expect(page.locator("#ob-chat .user-row")).to_have_count(count + 1)
 
 
 async def until_done(page: Page) -> None:
@@ -63,9 +70,7 @@ async def until_done(page: Page) -> None:
 
 async def ask(page: Page, text: str) -> str:
     """Send a message, stop the long reply once some of it is there, and return what was written."""
-    count = await page.locator("#ob-chat .user-row").count()
     await say(page, text)
-    await expect(page.locator("#ob-chat .user-row")).to_have_count(count + 1)
     await expect(page.locator(TEXT).last).not_to_be_empty()
     await page.click("#ob-stop")
     await until_done(page)
@@ -221,7 +226,7 @@ async def test_chosen_task_wins_and_slash_words_choose_one(open_page: Open, stac
     await ask(page, "随便说点什么")
     await expect(page.locator(".ob-chip summary")).to_contain_text("手动选择")
     assert "qa" in json.dumps(last_turn(stack, page)["variants"])
-    await say(page, "/没有这个 你好")
+    await enter(page, "/没有这个 你好")
     await expect(page.locator(".ob-notice")).to_contain_text("/没有这个")
     assert await page.input_value("#ob-input textarea") == "/没有这个 你好"
     await ask(page, "/翻译 早上好")
