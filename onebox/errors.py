@@ -3,13 +3,15 @@
     OneboxError
     ├── BadRequest                 400 invalid_request
     │   ├── PromptTooLong          400 context_length_exceeded
-    │   └── BodyTooLarge           413 body_too_large
+    │   ├── BodyTooLarge           413 body_too_large
+    │   └── IdempotencyMismatch    422 idempotency_mismatch
     ├── Unauthorized               401 invalid_api_key
     ├── Forbidden                  403 forbidden
     ├── NotFound                   404 not_found
     │   ├── UnknownModel           404 model_not_found
     │   ├── UnknownTask            404 task_not_found
-    │   └── UnknownConversation    404 conversation_not_found
+    │   ├── UnknownConversation    404 conversation_not_found
+    │   └── UnknownRun             404 response_not_found
     ├── Conflict                   409 conflict
     ├── Overloaded                 429 overloaded           (retryable)
     ├── Unavailable                503 unavailable          (retryable)
@@ -61,6 +63,13 @@ class BodyTooLarge(BadRequest):
     status = 413
 
 
+class IdempotencyMismatch(BadRequest):
+    """The idempotency key was used before with another request."""
+
+    code = "idempotency_mismatch"
+    status = 422
+
+
 class Unauthorized(OneboxError):
     """No key, or an unknown one."""
 
@@ -98,6 +107,12 @@ class UnknownConversation(NotFound):
     """This tenant has no such conversation."""
 
     code = "conversation_not_found"
+
+
+class UnknownRun(NotFound):
+    """This tenant has no such run, or its log's time is over."""
+
+    code = "response_not_found"
 
 
 class Conflict(OneboxError):

@@ -47,6 +47,7 @@ class Accepted:
 
     run_id: str
     conversation_id: str | None = None
+    turn_id: str | None = None
     kind: Literal["accepted"] = "accepted"
 
 
@@ -90,6 +91,14 @@ class TextDelta:
     text: str
     tokens: tuple[Token, ...] = ()
     kind: Literal["text_delta"] = "text_delta"
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A boundary of the reply's text; OpenAI's Responses API has an event for each, so the log has one too."""
+
+    stage: Literal["item_added", "part_added", "text_done", "part_done", "item_done"]
+    kind: Literal["output"] = "output"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,19 +151,27 @@ class Completed:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Terminal: the run broke off; text sent before stands and is kept."""
+    """Terminal: the run broke off; text sent before stands and is kept. `retry_after_s`: when to try again."""
 
     code: str
     message: str
     retryable: bool
+    retry_after_s: float | None = None
+    param: str | None = None
     kind: Literal["failed"] = "failed"
 
 
 @dataclass(frozen=True, slots=True)
 class Stopped:
-    """Terminal: somebody stopped the run after `tokens` generated tokens."""
+    """Terminal, the receipt of a stop: `tokens` were generated, at most `not_generated` more would have been.
+
+    `slot_freed_ms` is the time from the stop until the engine's own count no longer had the request; None where no
+    request ran or the engine could not be asked.
+    """
 
     tokens: int
+    not_generated: int = 0
+    slot_freed_ms: float | None = None
     kind: Literal["stopped"] = "stopped"
 
 
@@ -165,6 +182,7 @@ Event = (
     | StepStarted
     | Progress
     | TextDelta
+    | Output
     | Citation
     | Check
     | StepDone

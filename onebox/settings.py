@@ -83,6 +83,25 @@ class Settings(BaseSettings):
     first_token_timeout_s: float = Field(60.0, gt=0, description="Time to an engine's first frame.")
     stall_timeout_s: float = Field(30.0, gt=0, description="Longest silence of an engine in a reply.")
     run_timeout_s: float = Field(600.0, gt=0, description="Longest run.")
+    engine_continuations: int = Field(
+        3, ge=0, description="Times one engine call may go on at another replica after its own was lost."
+    )
+    engine_patience_s: float = Field(
+        20.0, gt=0, description="How long a reply that has begun waits for a replica to go on at."
+    )
+    engine_probe_after_s: float = Field(
+        0.5, gt=0, description="Silence in a reply after which its replica is asked whether it lives."
+    )
+    engine_probe_timeout_s: float = Field(1.0, gt=0, description="Time for that answer; none: go on elsewhere.")
+    lease_s: float = Field(10.0, gt=0, description="A run whose worker is silent for this long goes to another.")
+    lease_renew_s: float = Field(3.0, gt=0, description="Time between two renewals of a lease.")
+    log_interval_ms: float = Field(25.0, ge=0, le=30, description="Events of a run are stored together for this long.")
+    log_keep_s: int = Field(86_400, ge=60, description="Run logs and idempotency keys are kept this long after the end.")
+    log_enabled: bool = Field(True, description="Store runs before they are sent; off only to measure what it costs.")
+    store_patience_s: float = Field(10.0, gt=0, description="How long a run waits for a store that is away.")
+    reader_buffer_bytes: int = Field(65_536, ge=4096, description="Most bytes of a run kept in memory for its readers.")
+    reader_stall_s: float = Field(30.0, gt=0, description="A reader that takes nothing for this long is dropped.")
+    ping_s: float = Field(15.0, gt=0, description="Silence on a stream of events after which a comment is sent.")
     drain_timeout_s: float = Field(60.0, gt=0, description="Time streams get to end when a process leaves.")
 
     plugins: tuple[str, ...] = Field(
