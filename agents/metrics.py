@@ -25,6 +25,12 @@ class Metrics:
             "onebox_routes", "Routes by deciding tier and task.", (*label, "tier", "task"), registry=self._registry
         )
         self._tokens = Counter("onebox_tokens", "Tokens by kind.", (*label, "kind"), registry=self._registry)
+        self._continuations = Counter(
+            "onebox_engine_continuations",
+            "Replies that went on at another replica, by what happened to their own.",
+            (*label, "reason"),
+            registry=self._registry,
+        )
         self._worker = value
         self.running = Gauge("onebox_runs_running", "Runs at work.", label, registry=self._registry).labels(value)
         self.first_token_s = Histogram(
@@ -48,6 +54,10 @@ class Metrics:
     def count_route(self, tier: str, task: str) -> None:
         """The router decided."""
         self._routes.labels(self._worker, tier, task).inc()
+
+    def count_continuation(self, reason: str) -> None:
+        """A reply went on at another replica."""
+        self._continuations.labels(self._worker, reason).inc()
 
     def render(self) -> bytes:
         """The exposition text."""
