@@ -60,7 +60,7 @@ class ResponseFields:
         return asdict(self)
 
 
-def fields_of(extra: Mapping[str, JsonValue], model: str) -> ResponseFields:
+def fields_of(extra: Mapping[str, object], model: str) -> ResponseFields:
     """The fields that a run keeps; a run of another API has none, and `model` is its model."""
     return _FIELDS.validate_python({"model": model, **extra})
 

@@ -67,7 +67,7 @@ async def complete(
         return JsonReply(lambda: _several(gateway, request, body), count_error)
     run = gateway.executor.start(request, gateway.record(begun) if begun is not None else None)
     if body.stream:
-        return StreamReply(_chunks(run, begun, body, count_error=count_error), count_error)
+        return StreamReply(_chunks(run, begun, body, count_error=count_error), count_error, gateway.settings)
     return JsonReply(lambda: _whole(run, begun, body), count_error)
 
 

@@ -8,7 +8,7 @@ from starlette.responses import Response
 from agents.api.replies import json_response
 from agents.gateway import Gateway, gateway_of
 from agents.runs import AUTO
-from onebox.errors import NotFound, OneboxError
+from onebox.errors import NotFound, OneboxError, UnknownModel
 
 router = APIRouter()
 
@@ -28,6 +28,23 @@ async def model(name: str, gateway: Annotated[Gateway, Depends(gateway_of)]) -> 
             return json_response(entry)
     known = ", ".join(repr(entry["id"]) for entry in entries)
     raise NotFound(f"Model {name!r} does not exist here; known: {known}. Choose one of these.", param="model")
+
+
+async def resolve_model(gateway: Gateway, model: str) -> tuple[str | None, bool]:
+    """The pinned task, if any, and whether the engine is asked without a plugin.
+
+    Raises:
+        UnknownModel: `model` is neither 'auto', a task nor the engine's model.
+    """
+    if model == AUTO:
+        return None, False
+    if model in gateway.executor.plugins:
+        return model, False
+    card = await gateway.engine.card()
+    if model == card.id:
+        return None, True
+    known = ", ".join(repr(name) for name in (AUTO, *gateway.executor.plugins, card.id))
+    raise UnknownModel(f"Model {model!r} does not exist here; known: {known}. Choose one of these.", param="model")
 
 
 async def _entries(gateway: Gateway) -> list[dict[str, object]]:

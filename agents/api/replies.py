@@ -1,13 +1,16 @@
 """HTTP replies: JSON, errors in OpenAI's shape, and streams that do not start before they have something to say.
 
-A reply that works for long watches its reader: when the reader leaves, the work is cancelled and closed.
+A reply that works for long watches its reader: when the reader leaves, the work is cancelled and closed. A stream that
+is silent is kept alive by comments; a reader who takes nothing is dropped.
 """
 
 import asyncio
 import logging
 import math
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, suppress
+from typing import Final
 
 import orjson
 from starlette.responses import Response
@@ -15,8 +18,11 @@ from starlette.types import Receive, Scope, Send
 
 from agents.wire import error_line, error_object
 from onebox.errors import Internal, OneboxError
+from onebox.settings import Settings
 
-SSE = "text/event-stream"
+# A comment without the blank line that ends an event: OpenAI's client takes `: ping` and a blank line, once it has seen
+# an `id:`, for an event without data, and fails.
+PING: Final = b": ping\n"
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +49,6 @@ class WatchedReply(Response):
         self.background = None
         self.status_code = 200
         self._count_error = count_error
-        self._began = False
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         work = asyncio.create_task(self._guarded(scope, receive, send))
@@ -74,27 +79,75 @@ class WatchedReply(Response):
 
     async def _refuse(self, error: OneboxError, scope: Scope, receive: Receive, send: Send) -> None:
         self._count_error(error.code)
-        if not self._began:
-            await error_response(error)(scope, receive, send)
-        else:
-            await send({"type": "http.response.body", "body": error_line(error), "more_body": False})
+        await error_response(error)(scope, receive, send)
 
 
 class StreamReply(WatchedReply):
-    """Sends pieces as they come; what fails before the first piece is a plain HTTP error."""
+    """Sends pieces as they come; what fails before the first piece is a plain HTTP error.
 
-    def __init__(self, pieces: AsyncGenerator[bytes, None], count_error: Callable[[str], None]) -> None:
+    An empty piece begins the stream without anything to show yet. A reader who takes nothing for `reader_stall_s` is
+    dropped: the pieces are closed, and the connection ends without an end of the stream.
+    """
+
+    def __init__(
+        self, pieces: AsyncGenerator[bytes, None], count_error: Callable[[str], None], settings: Settings
+    ) -> None:
         super().__init__(count_error)
         self._pieces = pieces
+        self._ping_s = settings.ping_s
+        self._stall_s = settings.reader_stall_s
+        self._began = False
+        self._busy = False
+        self._moved = 0.0
 
     async def _work(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with aclosing(self._pieces) as pieces:
-            async for piece in pieces:
-                if not self._began:
-                    self._began = True
-                    await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+        pings = asyncio.create_task(self._keep_alive(send))
+        try:
+            async with aclosing(self._pieces) as pieces:
+                async for piece in pieces:
+                    if not self._began:
+                        self._began = True
+                        await send({"type": "http.response.start", "status": 200, "headers": _STREAM_HEADERS})
+                    await self._send(send, piece)
+            await self._send(send, b"", last=True)
+        except _Stalled:
+            logger.info("A reader took nothing for %g s and was dropped", self._stall_s)
+        finally:
+            pings.cancel()
+            await asyncio.gather(pings, return_exceptions=True)
+
+    async def _send(self, send: Send, piece: bytes, *, last: bool = False) -> None:
+        self._busy = True
+        try:
+            async with asyncio.timeout(self._stall_s):
+                await send({"type": "http.response.body", "body": piece, "more_body": not last})
+        except TimeoutError:
+            raise _Stalled from None
+        self._busy = last
+        self._moved = time.monotonic()
+
+    async def _keep_alive(self, send: Send) -> None:
+        while True:
+            silent_s = time.monotonic() - self._moved
+            if self._busy or not self._began:
+                silent_s = 0.0
+            elif silent_s >= self._ping_s:
+                await send({"type": "http.response.body", "body": PING, "more_body": True})
+                self._moved = time.monotonic()
+                silent_s = 0.0
+            await asyncio.sleep(self._ping_s - silent_s)
+
+    async def _refuse(self, error: OneboxError, scope: Scope, receive: Receive, send: Send) -> None:
+        if not self._began:
+            await super()._refuse(error, scope, receive, send)
+            return
+        self._count_error(error.code)
+        with suppress(_Stalled):
+            await self._send(send, error_line(error), last=True)
+
+
+class _Stalled(Exception):
+    """The reader takes nothing."""
 
 
 class JsonReply(WatchedReply):

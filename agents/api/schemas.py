@@ -1,6 +1,6 @@
 """Request bodies of the public API. Replies are built by the handlers; values inside the gateway are dataclasses."""
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
@@ -10,6 +10,7 @@ from onebox.messages import Message, Role
 from onebox.plugin import Sampling
 from onebox.settings import Settings
 
+LOGPROBS: Final = "message.output_text.logprobs"
 _ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 
 
@@ -23,6 +24,12 @@ def _neutral(value: object) -> object:
     if value in (None, [], 0, 0.0, {"type": "text"}):
         return value
     raise ValueError("is not supported by this server; leave it out")
+
+
+def _plain_text(value: object) -> object:
+    if value in (None, {}) or (isinstance(value, dict) and value.get("format") in (None, {"type": "text"})):
+        return value
+    raise ValueError("asks for a format other than text, which is not supported by this server; leave it out")
 
 
 Text = Annotated[str, AfterValidator(_not_null)]
@@ -80,11 +87,7 @@ class Drawing(BaseModel):
             BadRequest: more tokens are asked for than the cap.
         """
         max_tokens = self.max_completion_tokens or self.max_tokens
-        if max_tokens is not None and max_tokens > settings.max_tokens_cap:
-            raise BadRequest(
-                f"max_tokens {max_tokens} exceeds this server's cap of {settings.max_tokens_cap}. Ask for less.",
-                param="max_tokens",
-            )
+        check_max_tokens(max_tokens, settings, "max_tokens")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         return Sampling(max_tokens, self.temperature, self.top_p, self.seed, stop, top_logprobs)
 
@@ -140,6 +143,109 @@ class ChatRequest(Drawing):
         return self
 
 
+class InputPart(BaseModel):
+    """A part of an input message's content; what came as output may go back in."""
+
+    model_config = ConfigDict(frozen=True)
+
+    type: Literal["input_text", "output_text", "text"]
+    text: Text
+
+
+class InputMessage(BaseModel):
+    """An item of a response's input."""
+
+    model_config = ConfigDict(frozen=True)
+
+    type: Literal["message"] = "message"
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Text | list[InputPart]
+
+    def value(self) -> Message:
+        """The message as the gateway knows it."""
+        text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
+        return Message(_ROLES[self.role], text)
+
+
+class ConversationReference(BaseModel):
+    """A conversation by its id, as OpenAI writes it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    id: Identifier
+
+
+class ResponseOptions(Body):
+    """What this server knows beyond OpenAI's Responses API."""
+
+    regenerate: bool = False
+    edit: Identifier | None = None
+    params: dict[str, Any] = Field(default_factory=dict)
+
+
+class ResponseRequest(BaseModel):
+    """`POST /v1/responses`. Fields of OpenAI's API that change nothing here are ignored."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    model: Text = "auto"
+    input: Text | list[InputMessage] = ""
+    instructions: Text | None = None
+    stream: bool | None = False
+    background: bool | None = False
+    previous_response_id: Identifier | None = None
+    conversation: Identifier | ConversationReference | None = None
+    max_output_tokens: int | None = Field(None, ge=1)
+    temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
+    top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
+    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    top_logprobs: int | None = Field(None, ge=0, le=20)
+    include: Annotated[list[Text], Field(max_length=16)] | None = None
+    metadata: Annotated[dict[Text, Text], Field(max_length=16)] | None = None
+    store: bool | None = True
+    onebox: ResponseOptions = ResponseOptions()
+    tools: Unsupported = None
+    prompt: Unsupported = None
+    text: Annotated[Any, AfterValidator(_plain_text)] = None
+
+    @property
+    def conversation_id(self) -> str | None:
+        """The conversation's id, however it was written."""
+        given = self.conversation
+        return given.id if isinstance(given, ConversationReference) else given
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The input as values."""
+        if isinstance(self.input, str):
+            return (Message("user", self.input),) if self.input else ()
+        return tuple(item.value() for item in self.input)
+
+    def sampling(self, settings: Settings) -> Sampling:
+        """The sampling of the run.
+
+        Raises:
+            BadRequest: more tokens are asked for than the cap.
+        """
+        check_max_tokens(self.max_output_tokens, settings, "max_output_tokens")
+        wanted = LOGPROBS in (self.include or ())
+        rivals = (self.top_logprobs or 0) if wanted else None
+        return Sampling(self.max_output_tokens, self.temperature, self.top_p, self.seed, (), rivals)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "ResponseRequest":
+        options = self.onebox
+        if self.conversation is None and (options.regenerate or options.edit):
+            raise ValueError("regenerate and edit need a conversation")
+        if options.regenerate and options.edit:
+            raise ValueError("give one of regenerate and edit")
+        if self.conversation is not None and self.previous_response_id is not None:
+            raise ValueError("give one of conversation and previous_response_id")
+        if self.top_logprobs and LOGPROBS not in (self.include or ()):
+            raise ValueError(f"top_logprobs needs include: [{LOGPROBS!r}]")
+        return self
+
+
 class TaskRequest(Drawing):
     """`POST /v1/tasks/{name}`."""
 
@@ -185,6 +291,18 @@ class FeedbackRequest(Body):
     value: Feedback | None
 
 
+def check_max_tokens(max_tokens: int | None, settings: Settings, param: str) -> None:
+    """Return when the reply may be that long.
+
+    Raises:
+        BadRequest: more tokens are asked for than the cap.
+    """
+    if max_tokens is not None and max_tokens > settings.max_tokens_cap:
+        raise BadRequest(
+            f"{param} {max_tokens} exceeds this server's cap of {settings.max_tokens_cap}. Ask for less.", param=param
+        )
+
+
 def read_messages(
     messages: list[ChatMessage], settings: Settings, *, ends_with_user: bool = True
 ) -> tuple[Message, ...]:
@@ -193,22 +311,29 @@ def read_messages(
     Raises:
         BadRequest: none, too many, or the last is no question.
     """
+    values = tuple(message.value() for message in messages)
+    check_messages(values, settings, "messages", ends_with_user=ends_with_user)
+    return values
+
+
+def check_messages(
+    messages: tuple[Message, ...], settings: Settings, param: str, *, ends_with_user: bool = True
+) -> None:
+    """Return when the messages can be answered.
+
+    Raises:
+        BadRequest: none, too many, or the last is no question.
+    """
     if not messages:
-        raise BadRequest(
-            "messages is empty: there is nothing to answer. Send at least one user message.", param="messages"
-        )
+        raise BadRequest(f"{param} is empty: there is nothing to answer. Send at least one user message.", param=param)
     if len(messages) > settings.messages_max:
         raise BadRequest(
-            f"messages has {len(messages)} entries, the limit is {settings.messages_max}. Shorten the history.",
-            param="messages",
+            f"{param} has {len(messages)} entries, the limit is {settings.messages_max}. Shorten the history.",
+            param=param,
         )
-    values = tuple(message.value() for message in messages)
-    last = values[-1]
+    last = messages[-1]
     if ends_with_user and (last.role != "user" or not last.text.strip()):
-        raise BadRequest(
-            "The last message must be the user's and not blank: it is what gets answered.", param="messages"
-        )
-    return values
+        raise BadRequest("The last message must be the user's and not blank: it is what gets answered.", param=param)
 
 
 _Input = TypeVar("_Input", "TaskRequest", "RouteRequest")

@@ -64,7 +64,7 @@ async def run_task(
     run = gateway.executor.start(request)
     count_error = gateway.metrics.count_error
     if body.stream:
-        return StreamReply(_lines(run, count_error), count_error)
+        return StreamReply(_lines(run, count_error), count_error, gateway.settings)
     return JsonReply(lambda: _whole(run, name), count_error)
 
 
