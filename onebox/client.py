@@ -4,27 +4,44 @@ It speaks HTTP and nothing else; errors come out as `onebox.errors`, replies as 
 `agents.api`; the shapes of a stored conversation are in `onebox.records`.
 """
 
+import asyncio
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from types import TracebackType
-from typing import Literal, Self, TypeVar
+from typing import Final, Literal, Self, TypeVar
 from urllib.parse import quote
+from uuid import uuid4
 
 import httpx
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
-from onebox.errors import EngineFailed, Internal, OneboxError, Timeout, Unavailable, from_code
-from onebox.events import Accepted, Completed, Event, Failed, Routed, TextDelta, Usage, decode
+from onebox.chat_events import chat_events
+from onebox.errors import EngineFailed, Internal, ModelLoading, OneboxError, Timeout, Unavailable, from_code
+from onebox.events import (
+    Completed,
+    Event,
+    Failed,
+    Routed,
+    Stopped,
+    Terminal,
+    is_terminal,
+)
 from onebox.messages import Message
-from onebox.records import Conversation, ConversationPage, Readiness, Reply, TaskInfo, TaskResult
+from onebox.records import Conversation, ConversationPage, Readiness, Reply, StartedRun, TaskInfo, TaskResult
+from onebox.response_events import own_event, response_event
+from onebox.sse import NOTHING_LEFT, sse_data
 
 T = TypeVar("T")
 Feedback = Literal["like", "dislike"]
 ExportFormat = Literal["json", "markdown"]
+START_PAUSES_S: Final = (0.1, 0.5, 1.0)
+FOLLOW_PAUSES_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
+# A living stream of events is never silent for longer than the server's `ping_s`, 15 s by default.
+FOLLOW_SILENCE_S: Final = 40.0
 
 _OBJECT: TypeAdapter[dict[str, JsonValue]] = TypeAdapter(dict[str, JsonValue])
 _ROUTED: TypeAdapter[Routed] = TypeAdapter(Routed)
-_USAGE: TypeAdapter[Usage] = TypeAdapter(Usage)
 _CONVERSATION: TypeAdapter[Conversation] = TypeAdapter(Conversation)
 _PAGE: TypeAdapter[ConversationPage] = TypeAdapter(ConversationPage)
 _READINESS: TypeAdapter[Readiness] = TypeAdapter(Readiness)
@@ -85,10 +102,107 @@ class Client:
         )
         async with (
             self._open("POST", "/v1/chat/completions", body) as response,
-            aclosing(_sse_data(response)) as lines,
+            aclosing(sse_data(response)) as lines,
         ):
-            async for event in _chat_events(lines):
+            async for event in chat_events(lines):
                 yield event
+
+    async def start(
+        self,
+        messages: Sequence[Message],
+        *,
+        model: str = "auto",
+        conversation: str | None = None,
+        regenerate: bool = False,
+        edit: str | None = None,
+        previous: str | None = None,
+        params: Mapping[str, JsonValue] | None = None,
+        max_tokens: int | None = None,
+        temperature: float | None = None,
+        seed: int | None = None,
+        idempotency_key: str | None = None,
+    ) -> StartedRun:
+        """A reply that is written whether anybody reads it or not; `follow` it by its run id.
+
+        `previous` is the run that this one goes on from. A start whose answer is lost is sent again under the same
+        idempotency key, so there is never a second run; without a key of yours each call makes one.
+        """
+        onebox: dict[str, JsonValue] = {"regenerate": regenerate, "params": dict(params or {})}
+        if edit is not None:
+            onebox["edit"] = edit
+        body: dict[str, JsonValue] = {
+            "model": model,
+            "input": [{"role": message.role, "content": message.text} for message in messages],
+            "background": True,
+            "onebox": onebox,
+        }
+        optional: dict[str, JsonValue] = {
+            "conversation": conversation,
+            "previous_response_id": previous,
+            "max_output_tokens": max_tokens,
+            "temperature": temperature,
+            "seed": seed,
+        }
+        body |= {name: value for name, value in optional.items() if value is not None}
+        headers = {"Idempotency-Key": idempotency_key or uuid4().hex}
+        for pause_s in (*START_PAUSES_S, None):
+            try:
+                return StartedRun.from_wire(await self._call("POST", "/v1/responses", body, headers=headers))
+            except ModelLoading:
+                raise
+            except (EngineFailed, Timeout, Unavailable):
+                if pause_s is None:
+                    raise
+                await asyncio.sleep(pause_s)
+        raise AssertionError("the last try returns or raises")
+
+    async def follow(
+        self, run_id: str, after: int = -1, *, patience_s: float = 60.0
+    ) -> AsyncGenerator[tuple[int, Event], None]:
+        """The run's events numbered above `after`, each with its number, up to its terminal event.
+
+        A connection that breaks is opened again behind the last event, so none is missed and none comes twice. Closing
+        the iterator leaves the run alone.
+
+        Raises:
+            UnknownRun: there is no such run.
+            Unavailable: nothing could be read for `patience_s`; the run may go on.
+        """
+        lost_since: float | None = None
+        tries = 0
+        while True:
+            try:
+                async with aclosing(self._events_after(run_id, after)) as events:
+                    async for number, event in events:
+                        lost_since, tries, after = None, 0, number
+                        yield number, event
+                        if is_terminal(event):
+                            return
+                return
+            except OneboxError as error:
+                if not error.retryable:
+                    raise
+                cause = error
+            now = time.monotonic()
+            lost_since = lost_since if lost_since is not None else now
+            if now - lost_since > patience_s:
+                raise Unavailable(
+                    f"Run {run_id!r} could not be read for {patience_s:g} s; it may still go on. "
+                    f"Follow it again behind event {after}."
+                ) from cause
+            await asyncio.sleep(FOLLOW_PAUSES_S[min(tries, len(FOLLOW_PAUSES_S) - 1)])
+            tries += 1
+
+    async def cancel(self, run_id: str) -> Terminal:
+        """Stop a run; its terminal event, which is the receipt if it had not ended before."""
+        data = await self._call("POST", f"{_run_path(run_id)}/cancel")
+        extra = data.get("onebox")
+        event = own_event(extra.get("event") if isinstance(extra, dict) else None)
+        if not isinstance(event, Completed | Failed | Stopped):
+            raise Internal(
+                "The API says that the run was cancelled and does not say how it ended. Its log has the cause."
+            )
+        return event
 
     async def complete(
         self,
@@ -169,6 +283,27 @@ class Client:
             return Readiness(ready=False, store="unknown", engine="unknown", detail="The API does not answer.")
         return _validated(_READINESS, _parsed(response.content))
 
+    async def _events_after(self, run_id: str, after: int) -> AsyncGenerator[tuple[int, Event], None]:
+        """What one connection gives; it raises where the stream breaks off, and returns where nothing is left."""
+        query: dict[str, str | None] = {"stream": "true"}
+        if after >= 0:
+            query["starting_after"] = str(after)
+        async with (
+            self._open("GET", _run_path(run_id), query=query, silence_s=FOLLOW_SILENCE_S) as response,
+            aclosing(sse_data(response)) as payloads,
+        ):
+            async for payload in payloads:
+                if payload == NOTHING_LEFT:
+                    return
+                data = _parsed(payload)
+                if isinstance(error := data.get("error"), dict):
+                    raise from_code(str(error.get("code")), str(error.get("message")))
+                number, event = response_event(data)
+                yield number, event
+                if is_terminal(event):
+                    return
+        raise EngineFailed("The stream of the run broke off. Follow it again.")
+
     async def _call(
         self,
         method: str,
@@ -176,8 +311,9 @@ class Client:
         body: Mapping[str, JsonValue] | None = None,
         *,
         query: Mapping[str, str | None] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> dict[str, JsonValue]:
-        async with self._open(method, path, body, query) as response:
+        async with self._open(method, path, body, query, headers) as response:
             content = await response.aread()
             return _parsed(content) if content else {}
 
@@ -188,9 +324,16 @@ class Client:
         path: str,
         body: Mapping[str, JsonValue] | None = None,
         query: Mapping[str, str | None] | None = None,
+        headers: Mapping[str, str] | None = None,
+        silence_s: float | None = None,
     ) -> AsyncIterator[httpx.Response]:
+        timeout = self._http.timeout
+        if silence_s is not None:
+            timeout = httpx.Timeout(timeout, read=silence_s)
         try:
-            async with self._http.stream(method, path, json=body, params=query or None) as response:
+            async with self._http.stream(
+                method, path, json=body, params=query or None, headers=headers, timeout=timeout
+            ) as response:
                 if response.status_code >= 400:
                     raise _error_of(response, await response.aread())
                 yield response
@@ -206,6 +349,10 @@ class Client:
 
 def _conversation_path(conversation_id: str) -> str:
     return f"/v1/conversations/{quote(conversation_id, safe='')}"
+
+
+def _run_path(run_id: str) -> str:
+    return f"/v1/responses/{quote(run_id, safe='')}"
 
 
 def _unreachable(base_url: httpx.URL) -> Unavailable:
@@ -271,58 +418,3 @@ def _chat_body(
         if value is not None:
             body[name] = value
     return body
-
-
-async def _sse_data(response: httpx.Response) -> AsyncGenerator[bytes, None]:
-    """The `data:` payloads of a stream of server-sent events."""
-    rest = b""
-    async for chunk in response.aiter_raw():
-        *blocks, rest = (rest + chunk).replace(b"\r\n", b"\n").split(b"\n\n")
-        for block in blocks:
-            data = [line[5:].lstrip() for line in block.split(b"\n") if line.startswith(b"data:")]
-            if data:
-                yield b"\n".join(data)
-
-
-async def _chat_events(lines: AsyncIterator[bytes]) -> AsyncIterator[Event]:
-    finish: Literal["stop", "length"] = "stop"
-    async for line in lines:
-        if line == b"[DONE]":
-            yield Completed(finish)
-            return
-        chunk = _OBJECT.validate_json(line)
-        error = chunk.get("error")
-        if isinstance(error, dict):
-            yield Failed(str(error.get("code")), str(error.get("message")), bool(error.get("retryable")))
-            return
-        extra = chunk.get("onebox")
-        if isinstance(extra, dict):
-            for event in _extra_events(extra):
-                yield event
-        for choice in _items(chunk.get("choices")):
-            delta = choice.get("delta")
-            if isinstance(delta, dict) and isinstance(text := delta.get("content"), str) and text:
-                yield TextDelta(text)
-            if choice.get("finish_reason") == "length":
-                finish = "length"
-        if isinstance(usage := chunk.get("usage"), dict):
-            yield _USAGE.validate_python(usage)
-    yield Failed("engine_failed", "The reply broke off before its end. Ask for it again.", True)
-
-
-def _items(value: JsonValue) -> list[dict[str, JsonValue]]:
-    return [item for item in value if isinstance(item, dict)] if isinstance(value, list) else []
-
-
-def _extra_events(extra: dict[str, JsonValue]) -> list[Event]:
-    events: list[Event] = []
-    if isinstance(run_id := extra.get("run_id"), str):
-        conversation = extra.get("conversation")
-        events.append(Accepted(run_id, conversation if isinstance(conversation, str) else None))
-    if isinstance(route := extra.get("route"), dict):
-        events.append(_ROUTED.validate_python(route))
-    if isinstance(event := extra.get("event"), dict):
-        decoded = decode(_OBJECT.dump_json(event))
-        if not isinstance(decoded, Accepted | Routed | TextDelta | Usage | Completed):
-            events.append(decoded)
-    return events

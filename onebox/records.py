@@ -115,6 +115,29 @@ _USAGE: TypeAdapter[Usage | None] = TypeAdapter(Usage | None)
 
 
 @dataclass(frozen=True, slots=True)
+class StartedRun:
+    """A run that works on its own; `turn` is its turn where it has a conversation. `status` is OpenAI's word."""
+
+    run_id: str
+    status: str
+    conversation: str | None = None
+    turn: str | None = None
+
+    @classmethod
+    def from_wire(cls, data: dict[str, JsonValue]) -> Self:
+        """The run in a `response` object."""
+        conversation, extra = data.get("conversation"), data.get("onebox")
+        named = conversation.get("id") if isinstance(conversation, dict) else None
+        turn = extra.get("turn") if isinstance(extra, dict) else None
+        return cls(
+            run_id=str(data.get("id")),
+            status=str(data.get("status")),
+            conversation=named if isinstance(named, str) else None,
+            turn=turn if isinstance(turn, str) else None,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """A whole answer."""
 
