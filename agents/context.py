@@ -1,23 +1,25 @@
 """What a plugin is given: the engine as `EngineLLM`, and everything else as `RunContext`.
 
-Both belong to one run. The contract is `onebox.plugin`; a scripted twin for tests is in `onebox.testing`.
+Both belong to one run, and whatever they answer that is not a pure function of the run is in its `agents.journal`. The
+contract is `onebox.plugin`; a scripted twin for tests is in `onebox.testing`.
 """
 
 import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from random import Random
-from typing import Final
+from typing import Any, Final
 
 from agents.encoder import Encoder
 from agents.engine import Card, End, EngineClient, Frame, Generation
+from agents.journal import Entry, Journal
 from agents.store import Store
-from onebox.errors import BadRequest, EngineFailed
-from onebox.events import FinishReason, TextDelta, Token
+from onebox.errors import BadRequest, EngineFailed, OneboxError, from_code
+from onebox.events import Alternative, FinishReason, TextDelta, Token
 from onebox.messages import Message
 from onebox.plugin import Chosen, Completion, Sampling
 
@@ -27,23 +29,64 @@ CHOICE_MAX_TOKENS: Final = 32
 
 @dataclass(slots=True)
 class Meter:
-    """What a run has cost so far, and how its last engine call ended."""
+    """What a run has cost so far, how its last engine call ended, and what its open calls may still draw."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
     finish: FinishReason = "stop"
+    rooms: dict[str, int] = field(default_factory=dict)
+    drawn: dict[str, int] = field(default_factory=dict)
+
+    def begin(self, key: str, room: int) -> None:
+        """A call opens that may draw `room` tokens."""
+        self.rooms[key], self.drawn[key] = room, 0
+
+    def draw(self, key: str, count: int) -> None:
+        """An open call drew tokens."""
+        self.drawn[key] += count
+        self.completion_tokens += count
+
+    def end(self, key: str, end: End) -> None:
+        """A call is whole."""
+        self.prompt_tokens += end.prompt_tokens
+        self.completion_tokens += end.completion_tokens - self.drawn[key]
+        self.finish = end.finish
+        self.drawn[key] = end.completion_tokens
+
+    def close(self, key: str) -> None:
+        """A call is over, whole or not."""
+        del self.rooms[key], self.drawn[key]
+
+    @property
+    def open_tokens(self) -> int:
+        """Tokens drawn by the calls that are open."""
+        return sum(self.drawn.values())
+
+    @property
+    def open_room(self) -> int:
+        """Tokens that the open calls may still draw."""
+        return sum(self.rooms[key] - drawn for key, drawn in self.drawn.items())
 
 
 class EngineLLM:
     """The engine for one run; implements `onebox.plugin.LLM`."""
 
     def __init__(
-        self, engine: EngineClient, card: Card, meter: Meter, run_id: str, tenant: str, session: str | None, room: int
+        self,
+        engine: EngineClient,
+        card: Card,
+        meter: Meter,
+        journal: Journal,
+        name: str,
+        tenant: str,
+        session: str | None,
+        room: int,
     ) -> None:
         self._engine = engine
         self._card = card
         self._meter = meter
-        self._run_id = run_id
+        self._journal = journal
+        self._name = name
         self._tenant = tenant
         self._session = session
         self._room = room
@@ -56,59 +99,112 @@ class EngineLLM:
 
     async def stream(self, messages: Sequence[Message], sampling: Sampling) -> AsyncGenerator[TextDelta, None]:
         """The reply as it is drawn. Leaving the iterator early frees the engine's slot."""
-        meter, drawn = self._meter, 0
-        async with aclosing(self._engine.generate(self._call(messages, sampling, None))) as frames:
-            async for frame in frames:
-                if isinstance(frame, Frame):
-                    drawn += frame.count
-                    meter.completion_tokens += frame.count
-                    yield TextDelta(frame.text, frame.tokens)
-                else:
-                    meter.prompt_tokens += frame.prompt_tokens
-                    meter.completion_tokens += frame.completion_tokens - drawn
-                    meter.finish = frame.finish
+        key = self._journal.open("stream", *messages, sampling)
+        async with aclosing(self._items(key, messages, sampling)) as items:
+            async for item in items:
+                if isinstance(item, Frame):
+                    yield TextDelta(item.text, item.tokens)
 
     async def complete(self, messages: Sequence[Message], sampling: Sampling) -> Completion:
         """The whole reply."""
-        text, _, end = await self._whole(self._call(messages, sampling, None))
-        return Completion(text, end.finish, end.prompt_tokens, end.completion_tokens)
+        key = self._journal.open("complete", *messages, sampling)
+        pieces: list[str] = []
+        end: End | None = None
+        async with aclosing(self._items(key, messages, sampling)) as items:
+            async for item in items:
+                if isinstance(item, Frame):
+                    pieces.append(item.text)
+                else:
+                    end = item
+        assert end is not None, "a reply ends with End or raises"
+        return Completion("".join(pieces), end.finish, end.prompt_tokens, end.completion_tokens)
 
     async def choose(self, messages: Sequence[Message], options: Sequence[str]) -> Chosen:
         """The likeliest option by constrained decoding, with a probability for each from the tokens' rivals."""
         if not options:
             raise BadRequest("There is nothing to choose from: give at least one option.")
+        key = self._journal.open("choose", *messages, *options)
+        if (entry := await self._journal.answer(key)) is not None:
+            option, shares, *end = _valued(entry)
+            self._meter.begin(key, 0)
+            self._meter.end(key, End(*end))
+            self._meter.close(key)
+            return Chosen(option, shares)
         sampling = Sampling(max_tokens=CHOICE_MAX_TOKENS, temperature=0.0, top_logprobs=CHOICE_RIVALS)
-        text, tokens, _ = await self._whole(self._call(messages, sampling, options))
+        pieces: list[str] = []
+        tokens: list[Token] = []
+        whole: End | None = None
+        call = self._call(messages, sampling, options)
+        self._meter.begin(key, call.max_tokens)
+        try:
+            async with aclosing(self._engine.generate(call)) as items:
+                async for item in items:
+                    if isinstance(item, Frame):
+                        pieces.append(item.text)
+                        tokens.extend(item.tokens)
+                        self._meter.draw(key, item.count)
+                    else:
+                        whole = item
+                        self._meter.end(key, item)
+        finally:
+            self._meter.close(key)
+        assert whole is not None, "a reply ends with End or raises"
+        text = "".join(pieces)
         option = text if text in options else text.strip()
         if option not in options:
             raise EngineFailed(f"The engine answered {text[:80]!r}, which is not one of the options. Try again.")
-        return Chosen(option, share(options, option, tokens))
+        shares = share(options, option, tokens)
+        spent = [whole.finish, whole.prompt_tokens, whole.completion_tokens]
+        self._journal.note(key, "value", [option, shares, *spent])
+        return Chosen(option, shares)
 
     async def count_tokens(self, messages: Sequence[Message]) -> int:
         """Tokens of the rendered prompt, chat template included."""
-        return await self._engine.count_tokens(messages)
+        key = self._journal.open("count_tokens", *messages)
+        if (entry := await self._journal.answer(key)) is not None:
+            return int(_valued(entry))
+        count = await self._engine.count_tokens(messages)
+        self._journal.note(key, "value", count)
+        return count
 
-    async def _whole(self, call: Generation) -> tuple[str, list[Token], End]:
-        end: End | None = None
-        pieces: list[str] = []
-        tokens: list[Token] = []
-        async with aclosing(self._engine.generate(call)) as frames:
-            async for frame in frames:
-                if isinstance(frame, Frame):
-                    pieces.append(frame.text)
-                    tokens.extend(frame.tokens)
-                else:
-                    self._meter.prompt_tokens += frame.prompt_tokens
-                    self._meter.completion_tokens += frame.completion_tokens
-                    self._meter.finish = frame.finish
-                    end = frame
-        assert end is not None, "generate ends with End or raises"
-        return "".join(pieces), tokens, end
+    async def _items(
+        self, key: str, messages: Sequence[Message], sampling: Sampling
+    ) -> AsyncGenerator[Frame | End, None]:
+        """What the journal has of a reply, then the rest of it from the engine."""
+        journal, meter = self._journal, self._meter
+        call = self._call(messages, sampling, None)
+        meter.begin(key, call.max_tokens)
+        try:
+            resume: list[int] = []
+            while (entry := await journal.answer(key)) is not None:
+                if entry.kind == "end":
+                    end = End(*entry.value)
+                    meter.end(key, end)
+                    yield end
+                    return
+                frame = _frame(_valued(entry))
+                resume += frame.ids
+                meter.draw(key, frame.count)
+                yield frame
+            async with aclosing(self._engine.generate(replace(call, resume=resume))) as items:
+                async for item in items:
+                    if isinstance(item, Frame):
+                        journal.note(key, "frame", [item.text, item.ids, item.tokens])
+                        meter.draw(key, item.count)
+                    else:
+                        journal.note(key, "end", [item.finish, item.prompt_tokens, item.completion_tokens])
+                        meter.end(key, item)
+                    yield item
+        except OneboxError as error:
+            journal.note_error(key, error)
+            raise
+        finally:
+            meter.close(key)
 
     def _call(self, messages: Sequence[Message], sampling: Sampling, choice: Sequence[str] | None) -> Generation:
         self._calls += 1
         return Generation(
-            request_id=f"{self._run_id}-{self._calls}",
+            request_id=f"{self._name}-{self._calls}",
             messages=messages,
             sampling=sampling,
             max_tokens=sampling.max_tokens or self._room,
@@ -118,12 +214,31 @@ class EngineLLM:
         )
 
 
+def _valued(entry: Entry) -> Any:
+    """The value of a journal entry. Raises the error that is one."""
+    if entry.kind == "error":
+        code, message = entry.value
+        raise from_code(code, message)
+    return entry.value
+
+
+def _frame(value: Sequence[Any]) -> Frame:
+    text, ids, tokens = value
+    return Frame(text, tuple(ids), tuple(map(_token, tokens)))
+
+
+def _token(row: Mapping[str, Any]) -> Token:
+    top = tuple(Alternative(**rival) for rival in row["top"])
+    return Token(row["text"], row["id"], row["logprob"], top)
+
+
 class RunContext:
     """Everything a plugin may touch in one run; implements `onebox.plugin.Context`."""
 
     def __init__(
         self,
         llm: EngineLLM,
+        journal: Journal,
         encoder: Encoder,
         store: Store,
         run_id: str,
@@ -133,6 +248,7 @@ class RunContext:
         logger: logging.Logger,
     ) -> None:
         self._llm = llm
+        self._journal = journal
         self._encoder = encoder
         self._store = store
         self._deadline = deadline
@@ -153,7 +269,8 @@ class RunContext:
     @property
     def deadline_s(self) -> float:
         """Seconds left for the run."""
-        return max(0.0, self._deadline - time.monotonic())
+        left_s: float = self._journal.quick("deadline", lambda: max(0.0, self._deadline - time.time()))
+        return left_s
 
     @property
     def log(self) -> logging.Logger:
@@ -161,8 +278,9 @@ class RunContext:
         return self._log
 
     def now(self) -> float:
-        """Seconds since 1970."""
-        return time.time()
+        """Seconds since 1970, the same in a replay."""
+        now_s: float = self._journal.quick("now", time.time)
+        return now_s
 
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:
         """One 512-dimensional unit vector per text."""
@@ -182,8 +300,13 @@ class RunContext:
 
     async def get(self, key: str) -> str | None:
         """A value this plugin has put for this tenant."""
-        value = await self._store.hash_get(self._values, key)
-        return value.decode() if value is not None else None
+        call = self._journal.open("get", self._values, key)
+        if (entry := await self._journal.answer(call)) is not None:
+            return None if entry.value is None else str(entry.value)
+        raw = await self._store.hash_get(self._values, key)
+        value = raw.decode() if raw is not None else None
+        self._journal.note(call, "value", value)
+        return value
 
     async def put(self, key: str, value: str) -> None:
         """Keep a value for this plugin and tenant."""

@@ -1,26 +1,26 @@
 """Conversations of a tenant in the store: what they are and how they change.
 
-Routes and replies pass through as values; running a turn is `agents.recording`. The HTTP face is
-`agents.api.conversations`.
+A turn begins and ends with its run (`agents.run_scripts`), whose log has the text of a reply that still grows. The HTTP
+face is `agents.api.conversations`.
 """
 
 import base64
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 import orjson
 from pydantic import TypeAdapter
 
-from agents.conversation_scripts import BEGIN_TURN, END_TURN, KEEP_TURN, RATE, RENAME
+from agents.conversation_scripts import RATE, RENAME
 from agents.store import Store
-from onebox.errors import BadRequest, Conflict, NotFound, UnknownConversation
-from onebox.events import Routed, Usage
+from agents.store_keys import ConversationKeys, RunKeys, conversation_index
+from onebox.errors import BadRequest, NotFound, UnknownConversation
+from onebox.events import Routed, TextDelta, Usage, decode, is_terminal
 from onebox.messages import Message, assistant, user
 
-LEASE_MS: Final = 10_000
 TITLE_MAX: Final = 80
 HISTORY_MAX_BYTES: Final = 256 * 1024
 HISTORY_MAX_MESSAGES: Final = 400
@@ -94,17 +94,6 @@ class Conversation:
     turns: tuple[Turn, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class BegunTurn:
-    """A turn that is stored and whose run owns the conversation; `messages` is what the run answers."""
-
-    tenant: str
-    conversation_id: str
-    turn_id: str
-    run_id: str
-    messages: tuple[Message, ...]
-
-
 class Conversations:
     """All tenants' conversations in one store."""
 
@@ -114,7 +103,7 @@ class Conversations:
     async def create(self, tenant: str, title: str) -> Summary:
         """A new, empty conversation; an empty `title` is filled from the first message."""
         identifier, now = f"conv_{secrets.token_hex(12)}", _now()
-        keys = _Keys(tenant, identifier)
+        keys = ConversationKeys(tenant, identifier)
         await self._store.transaction(
             [
                 ("HSET", keys.conversation, "title", title, "created", now, "updated", now, "turns", 0),
@@ -132,7 +121,7 @@ class Conversations:
         offset = 0
         while True:
             (rows,) = await self._store.transaction(
-                [("ZREVRANGEBYSCORE", _index(tenant), top, "-inf", "WITHSCORES", "LIMIT", offset, _SCAN)]
+                [("ZREVRANGEBYSCORE", conversation_index(tenant), top, "-inf", "WITHSCORES", "LIMIT", offset, _SCAN)]
             )
             places = [(int(score), name.decode()) for name, score in zip(rows[::2], rows[1::2], strict=True)]
             fresh = [name for score, name in places if after is None or (score, name) < after]
@@ -147,32 +136,68 @@ class Conversations:
             offset += len(places)
 
     async def get(self, tenant: str, identifier: str) -> Conversation:
-        """The whole conversation. A variant whose worker died while it ran is shown as failed."""
-        keys = _Keys(tenant, identifier)
-        head, turns, order, variants, feedback, lock = await self._store.transaction(
+        """The whole conversation; a variant that still runs has the text so far."""
+        keys = ConversationKeys(tenant, identifier)
+        head, turns, order, variants, feedback = await self._store.transaction(
             [
                 ("HGETALL", keys.conversation),
                 ("LRANGE", keys.turns, 0, -1),
                 ("HGETALL", keys.order),
                 ("HGETALL", keys.variants),
                 ("HGETALL", keys.feedback),
-                ("GET", keys.lock),
             ]
         )
         summary = _summary(identifier, _pairs(head))
         if summary is None:
             raise _unknown(identifier)
-        running = lock.decode() if lock else None
-        return Conversation(summary, _assemble(turns, order, variants, _pairs(feedback), running))
+        assembled = assemble(turns, order, variants, _pairs(feedback))
+        return Conversation(summary, tuple([await self._now(tenant, turn) for turn in assembled]))
+
+    async def turns_until(self, tenant: str, identifier: str, turn_id: str) -> tuple[Turn, ...]:
+        """The turns up to `turn_id`, that one included; none where it is gone."""
+        keys = ConversationKeys(tenant, identifier)
+        turns, order, variants = await self._store.transaction(
+            [("LRANGE", keys.turns, 0, -1), ("HGETALL", keys.order), ("HGETALL", keys.variants)]
+        )
+        assembled = assemble(turns, order, variants, {})
+        place = next((index for index, turn in enumerate(assembled) if turn.id == turn_id), -1)
+        return assembled[: place + 1]
+
+    async def running(self, tenant: str, identifier: str) -> str | None:
+        """The run that has the conversation, or had it last and left no end."""
+        (holder,) = await self._store.transaction([("GET", ConversationKeys(tenant, identifier).lock)])
+        return holder.decode() if holder else None
+
+    async def _now(self, tenant: str, turn: Turn) -> Turn:
+        if all(variant.state != "running" for variant in turn.variants):
+            return turn
+        return replace(turn, variants=tuple([await self._so_far(tenant, variant) for variant in turn.variants]))
+
+    async def _so_far(self, tenant: str, variant: Variant) -> Variant:
+        """A variant as its run's log has it."""
+        if variant.state != "running":
+            return variant
+        events = RunKeys(tenant, variant.run_id).events
+        (raw,) = await self._store.transaction([("LRANGE", events, 0, -1)])
+        if not raw:
+            lost = Fault("unavailable", "The reply was cut off and its log is gone. Regenerate it.")
+            return replace(variant, state="failed", error=lost)
+        log = [decode(line) for line in raw]
+        text = "".join(event.text for event in log if isinstance(event, TextDelta))
+        routed = next((event for event in log if isinstance(event, Routed)), None)
+        state: State = "running"
+        if is_terminal(log[-1]):  # it has ended since the variant was read
+            state = "completed" if log[-1].kind == "completed" else "failed" if log[-1].kind == "failed" else "stopped"
+        return replace(variant, text=text, route=routed, task=routed.task if routed else None, state=state)
 
     async def rename(self, tenant: str, identifier: str, title: str) -> None:
         """Set the title."""
-        if not await self._store.run(RENAME, [_Keys(tenant, identifier).conversation], [title]):
+        if not await self._store.run(RENAME, [ConversationKeys(tenant, identifier).conversation], [title]):
             raise _unknown(identifier)
 
     async def delete(self, tenant: str, identifier: str) -> None:
-        """Remove the conversation with everything it holds; what still runs in it ends unrecorded."""
-        keys = _Keys(tenant, identifier)
+        """Remove the conversation with everything it holds; what still runs in it ends without it."""
+        keys = ConversationKeys(tenant, identifier)
         replies = await self._store.transaction(
             [
                 ("DEL", keys.conversation),
@@ -185,98 +210,25 @@ class Conversations:
 
     async def rate(self, tenant: str, identifier: str, run_id: str, value: Feedback | None) -> None:
         """Keep or clear a variant's feedback."""
-        keys = _Keys(tenant, identifier)
+        keys = ConversationKeys(tenant, identifier)
         if not await self._store.run(RATE, [keys.variants, keys.feedback], [run_id, value or ""]):
             raise NotFound(f"Run {run_id!r} is not part of conversation {identifier!r}. Reload the conversation.")
-
-    async def begin_turn(
-        self, tenant: str, identifier: str, run_id: str, mode: Mode, text: str, edited: str | None
-    ) -> BegunTurn:
-        """Store the user's turn and take the conversation for `run_id`, in one step and one round trip.
-
-        Raises:
-            Conflict: another run has it; its lease ends ten seconds after its worker dies.
-            UnknownConversation: there is none, or of another tenant.
-            NotFound: the turn to edit or to answer again is not there.
-        """
-        keys, now = _Keys(tenant, identifier), _now()
-        turn_id = f"turn_{secrets.token_hex(8)}"
-        turn = orjson.dumps({"id": turn_id, "user": text, "created": now})
-        reply = await self._store.run(
-            BEGIN_TURN,
-            [keys.conversation, keys.turns, keys.order, keys.variants, keys.lock, keys.index, keys.feedback],
-            [
-                run_id,
-                LEASE_MS,
-                now,
-                mode,
-                turn_id,
-                turn,
-                _dump(Variant(run_id)),
-                _title(text),
-                edited or "",
-                identifier,
-            ],
-        )
-        outcome = reply[0].decode()
-        if outcome == "unknown":
-            raise _unknown(identifier)
-        if outcome == "busy":
-            raise Conflict(
-                "A reply is still running in this conversation. Stop it or wait for its end.", retry_after_s=1.0
-            )
-        if outcome == "empty":
-            raise NotFound("This conversation has no turn to answer again. Send a message first.")
-        if outcome == "no_turn":
-            raise NotFound(f"Turn {edited!r} is not part of this conversation. Reload the conversation.", param="edit")
-        turns = _assemble(reply[1], reply[2], reply[3], {}, run_id)
-        return BegunTurn(tenant, identifier, turns[-1].id, run_id, _history(turns))
-
-    async def keep_turn(self, begun: BegunTurn, variant: Variant | None) -> bool:
-        """Renew the run's lease and, if given, store what its variant has so far; False if the run lost the turn."""
-        keys = _Keys(begun.tenant, begun.conversation_id)
-        value = _dump(variant) if variant is not None else b""
-        return bool(await self._store.run(KEEP_TURN, [keys.variants, keys.lock], [begun.run_id, LEASE_MS, value]))
-
-    async def end_turn(self, begun: BegunTurn, variant: Variant) -> None:
-        """Store the variant as it ended and free the conversation."""
-        keys = _Keys(begun.tenant, begun.conversation_id)
-        await self._store.run(
-            END_TURN,
-            [keys.variants, keys.lock, keys.conversation, keys.index],
-            [begun.run_id, _dump(variant), _now(), begun.conversation_id],
-        )
 
     async def _summaries(self, tenant: str, names: Sequence[str]) -> Sequence[Summary | None]:
         if not names:
             return []
-        rows = await self._store.transaction([("HGETALL", _Keys(tenant, name).conversation) for name in names])
+        rows = await self._store.transaction(
+            [("HGETALL", ConversationKeys(tenant, name).conversation) for name in names]
+        )
         return [_summary(name, _pairs(row)) for name, row in zip(names, rows, strict=True)]
-
-
-class _Keys:
-    """The Redis keys of one conversation."""
-
-    def __init__(self, tenant: str, identifier: str) -> None:
-        base = f"onebox:{{{tenant}}}:conversation:{identifier}"
-        self.conversation = base
-        self.turns = f"{base}:turns"
-        self.order = f"{base}:order"
-        self.variants = f"{base}:variants"
-        self.feedback = f"{base}:feedback"
-        self.lock = f"{base}:lock"
-        self.index = _index(tenant)
-
-
-def _index(tenant: str) -> str:
-    return f"onebox:{{{tenant}}}:conversations"
 
 
 def _now() -> int:
     return time.time_ns() // 1000
 
 
-def _title(text: str) -> str:
+def title_of(text: str) -> str:
+    """A title made of a message."""
     line = " ".join(text.split())
     return line if len(line) <= TITLE_MAX else f"{line[: TITLE_MAX - 1]}…"
 
@@ -299,24 +251,24 @@ def _summary(identifier: str, row: Mapping[str, bytes]) -> Summary | None:
     )
 
 
-def _assemble(
+def assemble(
     turns: Sequence[bytes],
     order: Sequence[bytes] | Mapping[bytes, bytes],
     variants: Sequence[bytes] | Mapping[bytes, bytes],
     feedback: Mapping[str, bytes],
-    running: str | None,
 ) -> tuple[Turn, ...]:
+    """The turns out of what the store has of a conversation."""
     runs_of, by_run = _pairs(order), _pairs(variants)
     assembled = []
     for raw in turns:
         turn = orjson.loads(raw)
         runs = runs_of[turn["id"]].decode().split()
-        answers = tuple(_load(by_run[run], feedback.get(run), running) for run in runs)
+        answers = tuple(_load(by_run[run], feedback.get(run)) for run in runs)
         assembled.append(Turn(turn["id"], turn["user"], turn["created"] / 1e6, answers))
     return tuple(assembled)
 
 
-def _history(turns: Sequence[Turn]) -> tuple[Message, ...]:
+def history(turns: Sequence[Turn]) -> tuple[Message, ...]:
     """The newest answered turns and the last question.
 
     Unanswered turns are left out, as templates want roles to alternate. More than the limits no model of today reads,
@@ -334,19 +286,14 @@ def _history(turns: Sequence[Turn]) -> tuple[Message, ...]:
     return tuple(reversed(history))
 
 
-def _dump(variant: Variant) -> bytes:
+def dump_variant(variant: Variant) -> bytes:
+    """The variant as the store has it."""
     return orjson.dumps(variant)
 
 
-def _load(raw: bytes, feedback: bytes | None, running: str | None) -> Variant:
+def _load(raw: bytes, feedback: bytes | None) -> Variant:
     value = orjson.loads(raw)
-    state, error = value["state"], value["error"]
-    if state == "running" and value["run_id"] != running:
-        state = "failed"
-        error = {
-            "code": "unavailable",
-            "message": "The reply was cut off when its server process ended. Regenerate it.",
-        }
+    error = value["error"]
     rating: Feedback | None = None
     if feedback is not None:
         rating = "like" if feedback == b"like" else "dislike"
@@ -355,7 +302,7 @@ def _load(raw: bytes, feedback: bytes | None, running: str | None) -> Variant:
         text=value["text"],
         task=value["task"],
         route=_ROUTED.validate_python(value["route"]) if value["route"] else None,
-        state=state,
+        state=value["state"],
         error=Fault(error["code"], error["message"]) if error else None,
         usage=Usage(value["usage"]["prompt_tokens"], value["usage"]["completion_tokens"]) if value["usage"] else None,
         feedback=rating,

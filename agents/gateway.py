@@ -5,17 +5,17 @@ import logging
 import os
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from fastapi import Request
 
-from agents.conversations import BegunTurn, Conversations
+from agents.conversations import Conversations
 from agents.engine import EngineClient
+from agents.execution import Executor
 from agents.keys import Keys, Principal
 from agents.metrics import Metrics
-from agents.recording import END_RETRY_PAUSES_S, Recording
 from agents.router import Router
-from agents.runs import Executor
+from agents.runs import Runs
 from agents.store import Store
 from onebox.plugin import Plugin
 from onebox.settings import Settings
@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Gateway:
-    """One worker's parts. `tasks` owns the writes that outlive their request."""
+    """One worker's parts."""
 
     settings: Settings
     store: Store
@@ -33,29 +33,25 @@ class Gateway:
     engine: EngineClient
     conversations: Conversations
     executor: Executor
+    runs: Runs
     metrics: Metrics
-    tasks: set[asyncio.Task[None]] = field(default_factory=set)
-
-    def record(self, begun: BegunTurn) -> Recording:
-        """The record of a run of this turn."""
-        return Recording(self.conversations, begun, self.tasks)
 
 
 @asynccontextmanager
 async def open_gateway(
     settings: Settings, plugins: Mapping[str, Plugin], router: Router
 ) -> AsyncGenerator[Gateway, None]:
-    """A working gateway; at its end, what still has to be stored is stored."""
+    """A working gateway; at its end, what still runs goes to another worker."""
     store = Store(settings)
     metrics = Metrics(os.getpid())
     warming = asyncio.create_task(_warm(router), name="warm the router")
     try:
-        async with EngineClient(settings) as engine:
+        async with EngineClient(settings, metrics.count_continuation) as engine:
             executor = Executor(settings, plugins, router, engine, store, metrics)
-            gateway = Gateway(settings, store, Keys(settings, store), engine, Conversations(store), executor, metrics)
-            yield gateway
-            if gateway.tasks:
-                await asyncio.wait(gateway.tasks, timeout=sum(END_RETRY_PAUSES_S))
+            conversations = Conversations(store)
+            async with Runs(settings, store, executor, conversations) as runs:
+                keys = Keys(settings, store)
+                yield Gateway(settings, store, keys, engine, conversations, executor, runs, metrics)
     finally:
         await warming
         await store.close()

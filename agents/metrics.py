@@ -33,6 +33,9 @@ class Metrics:
         )
         self._worker = value
         self.running = Gauge("onebox_runs_running", "Runs at work.", label, registry=self._registry).labels(value)
+        self.takeovers = Counter(
+            "onebox_runs_taken_over", "Runs continued after their worker was lost.", label, registry=self._registry
+        ).labels(value)
         self.first_token_s = Histogram(
             "onebox_first_token_seconds",
             "Seconds from a run's acceptance to its first text.",

@@ -1,295 +1,446 @@
-"""Runs: a plan's plugins executed in order, as one stream of events with exactly one terminal event at its end.
+"""Runs of this worker and the way to everybody's: start, follow, stop, take over.
 
-The executor assigns every event that is not the plugin's own, counts what was spent, and has the reply recorded
-whatever happens, also when its reader leaves. HTTP is `agents.api`; the store is behind `agents.recording`.
+A run is executed by the worker that holds its lease and read on any. Its states and keys are `agents.run_store`, the
+work is `agents.execution`, memory for readers `agents.tails`.
 """
 
 import asyncio
 import logging
+import os
+import secrets
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass, field
-from typing import Final
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing, suppress
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
-from pydantic import ValidationError
-
-from agents.context import EngineLLM, Meter, RunContext
-from agents.conversations import Fault, State
-from agents.engine import EngineClient
-from agents.instruction import split_instruction
-from agents.metrics import Metrics
-from agents.recording import Recording
-from agents.router import Router
-from agents.store import Store
-from onebox.errors import BadRequest, Internal, OneboxError, PluginFailed, Timeout
-from onebox.events import (
-    Accepted,
-    Check,
-    Citation,
-    Completed,
-    Event,
-    Failed,
-    Progress,
-    Routed,
-    StepDone,
-    StepStarted,
-    Stopped,
-    TextDelta,
-    Usage,
+from agents.conversations import Conversations, history
+from agents.execution import Before, Execution, Executor
+from agents.journal import decode_entries
+from agents.run_log import LogWriter, RunLog
+from agents.run_store import (
+    CHANNEL,
+    Idempotency,
+    RunRecord,
+    RunRequest,
+    RunStore,
+    TurnRequest,
+    new_run_id,
+    unknown_run,
 )
-from onebox.messages import Message, user
-from onebox.plugin import Plugin, Sampling, Task, TaskParams
+from agents.store import Store
+from agents.tails import Tail
+from onebox.errors import Internal, OneboxError, StoreUnavailable, Unavailable
+from onebox.events import Accepted, Event, Terminal, is_terminal
+from onebox.messages import Message
 from onebox.settings import Settings
 
-RAW: Final = "raw"
-AUTO: Final = "auto"
-PROGRESS_TEXT_MAX: Final = 200
+__all__ = ["Idempotency", "RunRecord", "RunRequest", "Runs", "Started", "TurnRequest", "new_run_id"]
+
+READER_PATIENCE_S: Final = 1.5
+READER_WAKE_S: Final = 0.5
+POLL_S: Final = 0.04
+POLL_IDLE_S: Final = 0.2
+POLL_IDLE_AFTER: Final = 25
+REAP_S: Final = 0.8
+STOP_WAIT_S: Final = 1.0
+STOP_FORCED_S: Final = 5.0
+UNDO_PAUSES_S: Final = (0.2, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+RELEASE_S: Final = 2.0
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class RunRequest:
-    """What to run. `task` None lets the router decide; `raw` hands the messages to the engine as they are."""
+class Started:
+    """A run that is stored. `joined`: somebody else started it, with the same idempotency key."""
 
     run_id: str
     tenant: str
-    messages: tuple[Message, ...]
-    task: str | None = None
-    raw: bool = False
-    params: Mapping[str, object] = field(default_factory=dict)
-    sampling: Sampling = field(default_factory=Sampling)
-    conversation_id: str | None = None
-    routed: Routed | None = None
+    joined: bool
+    background: bool
+    conversation_id: str | None
+    turn_id: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Executor:
-    """Everything runs share in one worker."""
+class Runs:
+    """One worker's part in all runs. Use as an async context manager: it works from entering to leaving."""
 
-    settings: Settings
-    plugins: Mapping[str, Plugin]
-    router: Router
-    engine: EngineClient
-    store: Store
-    metrics: Metrics
-
-    def start(self, request: RunRequest, recording: Recording | None = None) -> "Run":
-        """A run that works as its events are drawn."""
-        return Run(self, request, recording)
-
-    async def decide(self, request: RunRequest) -> Routed:
-        """The route of a request, without the work."""
-        llm = await self.llm(request, Meter()) if self._may_ask(request) else None
-        routed = await self.router.route(request.messages, explicit=request.task, llm=llm)
-        self.metrics.count_route(routed.tier, routed.task)
-        return routed
-
-    async def llm(self, request: RunRequest, meter: Meter) -> EngineLLM:
-        """The engine as this run sees it."""
-        card = await self.engine.card()
-        return EngineLLM(
-            self.engine,
-            card,
-            meter,
-            request.run_id,
-            request.tenant,
-            request.conversation_id,
-            min(self.settings.max_tokens_default, card.context_length),
-        )
-
-    def _may_ask(self, request: RunRequest) -> bool:
-        return self.settings.router_engine and request.task is None
-
-
-class Run:
-    """One execution. Draw `events` once, inside `aclosing`: closing it early stops the engine and records the stop."""
-
-    def __init__(self, executor: Executor, request: RunRequest, recording: Recording | None) -> None:
+    def __init__(self, settings: Settings, store: Store, executor: Executor, conversations: Conversations) -> None:
+        self._settings = settings
         self._executor = executor
-        self._request = request
-        self._recording = recording
-        self._deadline = time.monotonic() + executor.settings.run_timeout_s
-        self._meter = Meter()
-        self._step = RAW if request.raw else AUTO
-        self.routed: Routed | None = None
-        self.error: OneboxError | None = None
+        self._conversations = conversations
+        self._events_of = store.listen
+        worker = f"{os.getpid()}-{secrets.token_hex(6)}"
+        self._store = RunStore(store, worker, settings.lease_s, settings.log_keep_s)
+        self._writer = LogWriter(self._store, settings)
+        self._executions: dict[tuple[str, str], Execution] = {}
+        self._tails: dict[tuple[str, str], Tail] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._loops: list[asyncio.Task[None]] = []
 
-    @property
-    def request(self) -> RunRequest:
-        """What runs."""
-        return self._request
+    async def __aenter__(self) -> "Runs":
+        for work in (self._writer.run, self._renew, self._reap, self._listen):
+            self._loops.append(asyncio.create_task(work(), name=work.__name__))
+        return self
 
-    @property
-    def usage(self) -> Usage:
-        """Tokens so far."""
-        return Usage(self._meter.prompt_tokens, self._meter.completion_tokens)
+    async def __aexit__(self, *_: object) -> None:
+        """Give what still runs to other workers."""
+        await self._writer.flush(RELEASE_S)
+        calls = [
+            self._store.renew_call(tenant, run_id, execution.log.epoch, release=True)
+            for (tenant, run_id), execution in self._executions.items()
+        ]
+        for execution in list(self._executions.values()):
+            execution.abandon()
+        with suppress(StoreUnavailable):
+            if calls:
+                await self._store.run_all(calls)
+        for task in (*self._loops, *self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._loops, *self._tasks, return_exceptions=True)
 
-    async def events(self) -> AsyncGenerator[Event, None]:
-        """The run, from `Accepted` to one terminal event. Raises nothing but cancellation; see `error`."""
-        recording, metrics = self._recording, self._executor.metrics
-        started, first = time.monotonic(), True
-        ended: Completed | Failed | Stopped | None = None
-        metrics.running.inc()
-        if recording is not None:
-            recording.start()
-        try:
-            yield Accepted(self._request.run_id, self._request.conversation_id)
-            async with aclosing(self._work()) as work:
-                while True:
-                    async with asyncio.timeout(max(0.0, self._deadline - time.monotonic())):
-                        event = await anext(work, None)
-                    if event is None:
-                        break
-                    if type(event) is TextDelta:
-                        if first:
-                            first = False
-                            metrics.first_token_s.observe(time.monotonic() - started)
-                        if recording is not None:
-                            recording.append(event.text)
-                    yield event
-            ended = Completed(self._meter.finish)
-        except TimeoutError:
-            ended = self._fail(
-                Timeout(f"The run took longer than {self._executor.settings.run_timeout_s:g} s and was ended.")
-            )
-        except OneboxError as error:
-            ended = self._fail(error)
-        except Exception:
-            logger.exception("Run %s failed in %r", self._request.run_id, self._step)
-            ended = self._fail(self._defect())
-        finally:
-            metrics.running.dec()
-            ended = await self._settle(ended or Stopped(self._meter.completion_tokens))
-        yield self.usage
-        yield ended
+    async def start(
+        self, request: RunRequest, turn: TurnRequest | None = None, idempotency: Idempotency | None = None
+    ) -> Started:
+        """Store a run and begin to execute it, or join the one that the key has.
 
-    async def _work(self) -> AsyncGenerator[Event, None]:
-        request, executor = self._request, self._executor
-        llm = await executor.llm(request, self._meter)
-        if request.raw:
-            async with aclosing(llm.stream(request.messages, request.sampling)) as deltas:
-                async for delta in deltas:
-                    yield delta
-            return
-        routed = request.routed or await executor.router.route(
-            request.messages,
-            explicit=request.task,
-            llm=llm if executor.settings.router_engine and request.task is None else None,
-        )
-        if request.routed is None:
-            executor.metrics.count_route(routed.tier, routed.task)
-        self.routed = routed
-        if self._recording is not None:
-            self._recording.route(routed)
-        yield routed
-        plan = [executor.plugins[name] for name in routed.plan or (routed.task,)]
-        options = _fit_params(plan, request.params)
-        messages = _without_command(request.messages, routed) if request.task is None else request.messages
-        asked = messages[-1].text
-        for index, (plugin, params) in enumerate(zip(plan, options, strict=True)):
-            last = index == len(plan) - 1
-            self._step = plugin.name
-            yield StepStarted(index, plugin.name)
-            if not last:
-                yield Progress(index, len(plan), plugin.name)
-            pieces: list[str] = []
-            context = RunContext(
-                llm,
-                executor.router.encoder,
-                executor.store,
-                request.run_id,
-                request.tenant,
-                plugin.name,
-                self._deadline,
-                logger,
-            )
-            task = Task(messages, params, request.sampling if last else Sampling(seed=request.sampling.seed))
-            async with aclosing(plugin.run(task, context)) as events:
-                async for event in events:
-                    if type(event) is TextDelta and not last:
-                        pieces.append(event.text)
-                    elif isinstance(event, TextDelta | Progress | Citation | Check):
-                        yield event
-                    else:
-                        raise PluginFailed(
-                            f"Plugin {plugin.name!r} sent {event.kind!r}, which is not a plugin's to send."
-                        )
-            yield StepDone(index, plugin.name, self._meter.finish)
-            if not last:
-                text = "".join(pieces)
-                yield Progress(index + 1, len(plan), text[:PROGRESS_TEXT_MAX])
-                messages = (*messages[:-1], user(f"{_instruction(asked)}\n\n{text}"))
-
-    def _fail(self, error: OneboxError) -> Failed:
-        self.error = error
-        return Failed(error.code, error.message, error.retryable)
-
-    def _defect(self) -> OneboxError:
-        if self._step in self._executor.plugins:
-            return PluginFailed(
-                f"Plugin {self._step!r} failed: it has a defect, which the log describes. Try another task."
-            )
-        return Internal("The gateway failed: it has a defect, which the log describes.")
-
-    async def _settle(self, ended: Completed | Failed | Stopped) -> Completed | Failed | Stopped:
-        """Record the end and count it; a reply that cannot be stored has not completed."""
-        if self._recording is not None:
-            state: State = (
-                "completed" if isinstance(ended, Completed) else "failed" if isinstance(ended, Failed) else "stopped"
-            )
-            fault = Fault(ended.code, ended.message) if isinstance(ended, Failed) else None
+        Raises:
+            OneboxError: as `RunStore.begin`; then there is no run.
+        """
+        if idempotency is not None:
+            request = replace(request, idempotency_key=idempotency.key)
+        messages, turn_id = request.messages, None
+        conversation_id = request.conversation_id if turn is not None else None
+        if self._settings.log_enabled or turn is not None:
             try:
-                await self._recording.end(state, fault, self.usage)
-            except OneboxError as error:
-                if isinstance(ended, Completed):
-                    ended = self._fail(error)
-        task = self.routed.task if self.routed is not None else self._step
-        usage = self.usage
-        self._executor.metrics.count_run(task, ended.kind, usage.prompt_tokens, usage.completion_tokens)
-        return ended
+                begun = await self._store.begin(request, turn, idempotency)
+            except StoreUnavailable:
+                self._spawn(self._undo(request, turn))
+                raise
+            if begun.joined:
+                return Started(begun.run_id, request.tenant, True, True, begun.conversation_id, begun.turn_id)
+            turn_id = begun.turn_id
+            if turn is not None:
+                messages = history(begun.turns)
+        tail = Tail(self._settings.reader_buffer_bytes)
+        tail.publish([Accepted(request.run_id, conversation_id, turn_id)])
+        self._execute(request, messages, 1, time.time(), Before(), tail)
+        return Started(request.run_id, request.tenant, False, request.background, conversation_id, turn_id)
+
+    async def attend(self, started: Started) -> AsyncGenerator[tuple[int, Event], None]:
+        """All events of a run that was just started. Whoever leaves early stops it, unless others have an interest.
+
+        Raises:
+            OneboxError: as `follow`; the run goes on.
+        """
+        whole = started.background or started.joined
+        try:
+            async with aclosing(self.follow(started.tenant, started.run_id)) as events:
+                async for number, event in events:
+                    whole = whole or is_terminal(event)
+                    yield number, event
+        except OneboxError:
+            whole = True
+            raise
+        finally:
+            if not whole:
+                self._leave(started.tenant, started.run_id)
+
+    async def follow(self, tenant: str, run_id: str, after: int = -1) -> AsyncGenerator[tuple[int, Event], None]:
+        """The events numbered above `after`, as they come, up to the terminal one.
+
+        Raises:
+            UnknownRun: there is no such run, or no more.
+            StoreUnavailable: the store has been away for too long; come back with the last number seen.
+        """
+        place = after + 1
+        while True:
+            tail = self._tail(tenant, run_id)
+            tail.readers += 1
+            tail.ever_read += 1
+            try:
+                async with aclosing(self._read(tenant, run_id, tail, place)) as events:
+                    async for number, event in events:
+                        place = number + 1
+                        yield number, event
+                        if is_terminal(event):
+                            return
+            finally:
+                tail.readers -= 1
+            if tail.error is not None:
+                raise tail.error
+            if not await self._goes_on(tenant, run_id, place):
+                return
+
+    async def events(self, tenant: str, run_id: str) -> list[Event]:
+        """The log so far.
+
+        Raises:
+            UnknownRun: there is no such run.
+        """
+        events, _ = await self._store.log(tenant, run_id)
+        if not events:
+            raise unknown_run(run_id)
+        return events
+
+    async def record(self, tenant: str, run_id: str) -> RunRecord:
+        """The run as it is; the request of a turn has the whole history that it answers.
+
+        Raises:
+            UnknownRun: there is no such run.
+        """
+        record = await self._store.record(tenant, run_id)
+        return replace(record, request=replace(record.request, messages=await self._messages(record)))
+
+    async def stop(self, tenant: str, run_id: str) -> Terminal:
+        """Stop a run wherever it is; its terminal event, which is a receipt if this stopped it.
+
+        Raises:
+            UnknownRun: there is no such run.
+            Unavailable: it could not be stopped now; it will be.
+        """
+        execution = self._executions.get((tenant, run_id))
+        if execution is not None:
+            execution.stop()
+        else:
+            await self._store.stop(tenant, run_id)
+        try:
+            return await self._terminal(tenant, run_id, STOP_WAIT_S)
+        except TimeoutError:
+            pass
+        if (tenant, run_id) not in self._executions:  # its worker is dead or stuck
+            for name, epoch in await self._store.take(tenant, run_id):
+                await self._take_over(tenant, name, epoch)
+        try:
+            return await self._terminal(tenant, run_id, STOP_FORCED_S)
+        except TimeoutError:
+            raise Unavailable(
+                "The run does not end yet: a part of the server is stuck. It is stopped as soon as that is replaced.",
+                retry_after_s=1.0,
+            ) from None
+
+    async def delete(self, tenant: str, run_id: str) -> None:
+        """Remove a run's log; one that runs is stopped first.
+
+        Raises:
+            UnknownRun: there is no such run.
+        """
+        if not await self._store.forget(tenant, run_id):
+            await self.stop(tenant, run_id)
+            await self._store.forget(tenant, run_id)
+
+    def stop_quietly(self, tenant: str, run_id: str) -> None:
+        """Stop a run if there is one, in the background."""
+
+        async def stop() -> None:
+            with suppress(OneboxError):
+                await self.stop(tenant, run_id)
+
+        self._spawn(stop())
+
+    def _execute(
+        self,
+        request: RunRequest,
+        messages: tuple[Message, ...],
+        epoch: int,
+        created: float,
+        before: Before,
+        tail: Tail,
+        stored_entries: int = 0,
+    ) -> Execution:
+        key = (request.tenant, request.run_id)
+
+        def open_log(on_stop: Callable[[], None], on_lost: Callable[[], None]) -> RunLog:
+            return self._writer.open(request, epoch, (tail.next, stored_entries), tail, on_stop, on_lost)
+
+        execution = Execution(self._executor, request, messages, created, before, open_log)
+        self._executions[key] = execution
+        self._tails[key] = tail
+
+        async def work() -> None:
+            try:
+                await execution.run()
+            finally:
+                if self._executions.get(key) is execution:
+                    del self._executions[key]
+                if self._tails.get(key) is tail:
+                    del self._tails[key]
+                tail.close(tail.error)
+
+        self._spawn(work())
+        return execution
+
+    def _leave(self, tenant: str, run_id: str) -> None:
+        """The reader who asked for the run is gone: stop it, if nobody else ever read it."""
+        execution, tail = self._executions.get((tenant, run_id)), self._tails.get((tenant, run_id))
+        if execution is not None and tail is not None and tail.ever_read <= 1:
+            execution.stop()
+
+    def _tail(self, tenant: str, run_id: str) -> Tail:
+        """This worker's copy of a run's newest events; of another worker's run one that is fed from the store."""
+        key = (tenant, run_id)
+        tail = self._tails.get(key)
+        if tail is None or tail.closed:
+            tail = self._tails[key] = Tail(self._settings.reader_buffer_bytes)
+            self._spawn(self._feed(key, tail))
+        return tail
+
+    async def _read(self, tenant: str, run_id: str, tail: Tail, place: int) -> AsyncGenerator[tuple[int, Event], None]:
+        """The events from `place` until the tail closes."""
+        while True:
+            rows = tail.since(place)
+            if rows is None:
+                page, _ = await self._store.page(tenant, run_id, place)
+                if not page:
+                    raise unknown_run(run_id)
+                rows = list(enumerate(page, place))
+            for number, event in rows:
+                yield number, event
+                place = number + 1
+            if rows:
+                continue
+            if tail.closed:
+                return
+            await tail.wait(READER_WAKE_S)
+            if tail.away_since is not None and _now() - tail.away_since > READER_PATIENCE_S:
+                raise StoreUnavailable(
+                    "The store does not answer, so the reply cannot be read on. It is kept. Follow it again.",
+                    retry_after_s=1.0,
+                )
+
+    async def _goes_on(self, tenant: str, run_id: str, place: int) -> bool:
+        """Whether there is more of a run whose tail has closed without its end."""
+        page, state = await self._store.page(tenant, run_id, place)
+        if state is None:
+            raise unknown_run(run_id)
+        return bool(page) or state == "running"
+
+    async def _feed(self, key: tuple[str, str], tail: Tail) -> None:
+        """Copy a run's log from the store while somebody reads it here."""
+        tenant, run_id = key
+        idle = 0
+        try:
+            while True:
+                try:
+                    page, state = await self._store.page(tenant, run_id, tail.next)
+                except StoreUnavailable as error:
+                    tail.away_since = tail.away_since or _now()
+                    if _now() - tail.away_since > READER_PATIENCE_S:
+                        tail.close(error)
+                        return
+                    await asyncio.sleep(POLL_IDLE_S)
+                    continue
+                tail.away_since = None
+                if state is None:
+                    tail.close(unknown_run(run_id))
+                    return
+                if page:
+                    idle = 0
+                    tail.publish(page)
+                    if is_terminal(page[-1]):
+                        return
+                    continue
+                idle += 1
+                if tail.readers == 0 or state != "running":
+                    return
+                await asyncio.sleep(POLL_S if idle < POLL_IDLE_AFTER else POLL_IDLE_S)
+        except Exception:
+            logger.exception("The log of %s cannot be read", run_id)
+            tail.close(Internal("The run's log cannot be read: the gateway has a defect, which its log describes."))
+        finally:
+            tail.close(tail.error)
+            if self._tails.get(key) is tail:
+                del self._tails[key]
+
+    async def _terminal(self, tenant: str, run_id: str, timeout_s: float) -> Terminal:
+        async with asyncio.timeout(timeout_s), aclosing(self.follow(tenant, run_id)) as events:
+            async for _, event in events:
+                if is_terminal(event):
+                    assert isinstance(event, Terminal)
+                    return event
+        raise TimeoutError
+
+    async def _messages(self, record: RunRecord) -> tuple[Message, ...]:
+        """What a run answers."""
+        if record.conversation_id is None or record.turn_id is None:
+            return record.request.messages
+        turns = await self._conversations.turns_until(record.tenant, record.conversation_id, record.turn_id)
+        return history(turns) if turns else record.request.messages
+
+    async def _renew(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.lease_renew_s)
+            held = list(self._executions.items())
+            if not held or not self._settings.log_enabled:
+                continue
+            calls = [self._store.renew_call(*key, execution.log.epoch) for key, execution in held]
+            try:
+                replies = await self._store.run_all(calls)
+            except StoreUnavailable:
+                continue
+            for (_, execution), reply in zip(held, replies, strict=True):
+                if reply == b"1":
+                    execution.stop()
+                elif reply == b"lost" and not execution.log.ending:
+                    execution.abandon()
+
+    async def _reap(self) -> None:
+        while True:
+            try:
+                for tenant in await self._store.tenants():
+                    while taken := await self._store.take(tenant):
+                        for run_id, epoch in taken:
+                            await self._take_over(tenant, run_id, epoch)
+            except StoreUnavailable:
+                pass
+            except Exception:
+                logger.exception("Runs of other workers could not be taken over")
+            await asyncio.sleep(REAP_S)
+
+    async def _take_over(self, tenant: str, run_id: str, epoch: int) -> None:
+        """Go on with a run whose owner is gone."""
+        record = await self._store.record(tenant, run_id)
+        events, journal = await self._store.log(tenant, run_id)
+        held = self._executions.get((tenant, run_id))
+        if held is not None:
+            held.abandon()
+        logger.warning("Run %s goes on here, as epoch %d", run_id, epoch)
+        self._executor.metrics.takeovers.inc()
+        tail = Tail(self._settings.reader_buffer_bytes, len(events))
+        before = Before(events, decode_entries(journal), taken_over=True)
+        messages = await self._messages(record)
+        execution = self._execute(record.request, messages, epoch, record.created, before, tail, len(journal))
+        if record.stopping:
+            execution.stop()
+
+    async def _undo(self, request: RunRequest, turn: TurnRequest | None) -> None:
+        """Take back a run whose start was answered with an error, so that sending it again does not double it."""
+        if turn is not None and turn.mode == "edit":
+            return  # what the edit removed cannot be brought back: the run is executed when its lease is over
+        for pause_s in UNDO_PAUSES_S:
+            try:
+                await self._store.undo(request)
+                return
+            except StoreUnavailable:
+                await asyncio.sleep(pause_s)
+
+    async def _listen(self) -> None:
+        """Stop runs of this worker when another one is asked to."""
+        while True:
+            with suppress(StoreUnavailable):
+                async with aclosing(self._events_of(CHANNEL + self._store.worker)) as messages:
+                    async for message in messages:
+                        for (_, run_id), execution in list(self._executions.items()):
+                            if run_id == message.decode():
+                                execution.stop()
+            await asyncio.sleep(POLL_IDLE_S)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
 
-def check_params(plugin: Plugin, params: Mapping[str, object]) -> TaskParams:
-    """The plugin's own options out of untyped ones.
-
-    Raises:
-        BadRequest: an option is unknown or has a bad value.
-    """
-    try:
-        return plugin.Params.model_validate(dict(params))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"]) or "params"
-        known = ", ".join(repr(option) for option in plugin.Params.model_fields) or "none"
-        raise BadRequest(
-            f"Option {name!r} of task {plugin.name!r} is not usable: {first['msg'].lower()}. Known options: {known}.",
-            param=f"params.{name}",
-        ) from None
-
-
-def _fit_params(plan: Sequence[Plugin], params: Mapping[str, object]) -> list[TaskParams]:
-    """Each step's options; in a chain every option goes to the steps that know it, and one must."""
-    if len(plan) == 1:
-        return [check_params(plan[0], params)]
-    known = {name for plugin in plan for name in plugin.Params.model_fields}
-    if stray := sorted(set(params) - known):
-        raise BadRequest(f"Option {stray[0]!r} belongs to no task of the plan.", param=f"params.{stray[0]}")
-    return [
-        check_params(plugin, {name: value for name, value in params.items() if name in plugin.Params.model_fields})
-        for plugin in plan
-    ]
-
-
-def _without_command(messages: tuple[Message, ...], routed: Routed) -> tuple[Message, ...]:
-    """The messages without the `/task` that chose the task, as long as there is something behind it."""
-    word, _, rest = messages[-1].text.lstrip().partition(" ")
-    if routed.tier == "explicit" and word == f"/{routed.task}" and rest.strip():
-        return (*messages[:-1], user(rest.strip()))
-    return messages
-
-
-def _instruction(text: str) -> str:
-    """What a message asks for, in its own words: the next step of a chain needs it beside the text so far."""
-    return " ".join(text[segment.start : segment.end] for segment in split_instruction(text).segments).strip()
+def _now() -> float:
+    return asyncio.get_running_loop().time()

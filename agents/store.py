@@ -3,7 +3,9 @@
 It knows keys and scripts, not what they mean; that is in `agents.conversations` and `agents.keys`.
 """
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from hashlib import sha1
 from typing import Any, Final
 
 from redis import exceptions
@@ -25,6 +27,18 @@ _AWAY: Final = (
     exceptions.MasterDownError,
 )
 _AWAY_PREFIXES: Final = ("MISCONF", "NOREPLICAS", "BUSY")
+_LISTEN_S: Final = 1.0
+
+Argument = str | bytes | int
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One execution of a script."""
+
+    script: str
+    keys: Sequence[str]
+    args: Sequence[Argument]
 
 
 class Store:
@@ -55,10 +69,48 @@ class Store:
         """Return once the store answers."""
         await _guard(lambda: self._redis.ping())
 
-    async def run(self, script: str, keys: Sequence[str], args: Sequence[str | bytes | int]) -> Any:
+    async def run(self, script: str, keys: Sequence[str], args: Sequence[Argument]) -> Any:
         """The reply of a Lua script, which Redis executes as one step."""
-        prepared = self._redis.register_script(script)
-        return await _guard(lambda: prepared(keys=list(keys), args=list(args)))
+        (reply,) = await self.run_all([Call(script, keys, args)])
+        return reply
+
+    async def run_all(self, calls: Sequence[Call]) -> list[Any]:
+        """The replies of several scripts, sent in one round trip; others' commands may come in between.
+
+        A call that the store refused for now, e.g. for lack of memory, answers a `StoreUnavailable`; alone, it raises.
+        """
+        replies = await _guard(lambda: self._evaluate(calls))
+        away = [reply for reply in replies if isinstance(reply, StoreUnavailable)]
+        if away and len(calls) == 1:
+            raise away[0]
+        return list(replies)
+
+    async def _evaluate(self, calls: Sequence[Call]) -> list[Any]:
+        replies = await self._pipe([("EVALSHA", _digest(call.script), call) for call in calls])
+        missing = [index for index, reply in enumerate(replies) if isinstance(reply, exceptions.NoScriptError)]
+        if missing:  # the server has restarted since, or never saw the script
+            again = await self._pipe([("EVAL", calls[index].script, calls[index]) for index in missing])
+            for index, reply in zip(missing, again, strict=True):
+                replies[index] = reply
+        return [_checked(reply) for reply in replies]
+
+    async def _pipe(self, commands: Sequence[tuple[str, str, Call]]) -> list[Any]:
+        async with self._redis.pipeline(transaction=False) as pipeline:
+            for name, script, call in commands:
+                pipeline.execute_command(name, script, len(call.keys), *call.keys, *call.args)
+            return list(await pipeline.execute(raise_on_error=False))
+
+    async def listen(self, channel: str) -> AsyncGenerator[bytes, None]:
+        """The messages published to `channel`; one sent while the store is away is lost."""
+        subscriber = self._redis.pubsub(ignore_subscribe_messages=True)
+        try:
+            await _guard(lambda: subscriber.subscribe(channel))
+            while True:
+                message = await _guard(lambda: subscriber.get_message(timeout=_LISTEN_S))
+                if message is not None:
+                    yield message["data"]
+        finally:
+            await subscriber.aclose()  # type: ignore[no-untyped-call]  # untyped in redis-py
 
     async def transaction(self, commands: Sequence[Sequence[str | bytes | int | float]]) -> list[Any]:
         """The replies of `commands`, executed together in one round trip."""
@@ -84,6 +136,26 @@ class Store:
     async def close(self) -> None:
         """Close every connection."""
         await self._redis.aclose()
+
+
+_DIGESTS: dict[str, str] = {}
+
+
+def _digest(script: str) -> str:
+    """What Redis calls a script by."""
+    digest = _DIGESTS.get(script)
+    if digest is None:
+        digest = _DIGESTS[script] = sha1(script.encode(), usedforsecurity=False).hexdigest()
+    return digest
+
+
+def _checked(reply: Any) -> Any:
+    """A reply; a refusal that will pass as a `StoreUnavailable`. Raises any other error."""
+    if not isinstance(reply, exceptions.RedisError):
+        return reply
+    if isinstance(reply, _AWAY) or str(reply).startswith(_AWAY_PREFIXES):
+        return _away()
+    raise reply
 
 
 async def _guard(operation: Callable[[], Any]) -> Any:

@@ -4,28 +4,33 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated
-from uuid import uuid4
 
 import orjson
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
+from agents.api.idempotency import idempotency_of
 from agents.api.replies import JsonReply, StreamReply
 from agents.api.route import LeanRoute
 from agents.api.schemas import ChatRequest, read_messages
-from agents.conversations import BegunTurn, Mode
+from agents.context import Meter
+from agents.conversations import Mode
+from agents.execution import AUTO, check_params
 from agents.gateway import Gateway, gateway_of, principal_of
 from agents.keys import Principal
-from agents.runs import AUTO, Run, RunRequest, check_params
+from agents.runs import Idempotency, RunRequest, Runs, Started, TurnRequest, new_run_id
 from agents.wire import DONE, ChunkEncoder, error_line, onebox_object, token_logprob, usage_object
-from onebox.errors import Internal, OneboxError, UnknownModel
+from onebox.errors import OneboxError, UnknownModel, from_code
 from onebox.events import (
     Accepted,
     Completed,
     Event,
     Failed,
+    Output,
+    Routed,
+    Stopped,
     TextDelta,
     Token,
     Usage,
@@ -33,6 +38,16 @@ from onebox.events import (
 from onebox.messages import Message
 
 router = APIRouter(route_class=LeanRoute)
+NO_USAGE = Usage(0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Whole:
+    """A reply as a whole."""
+
+    choice: dict[str, object]
+    usage: Usage
+    routed: Routed | None
 
 
 @router.post("/v1/chat/completions", tags=["chat"])
@@ -40,6 +55,7 @@ async def complete(
     body: ChatRequest,
     gateway: Annotated[Gateway, Depends(gateway_of)],
     principal: Annotated[Principal, Depends(principal_of)],
+    idempotency: Annotated[Idempotency | None, Depends(idempotency_of)],
 ) -> Response:
     """Answer the last message, streamed or whole."""
     sampling = body.sampling(gateway.settings, (body.top_logprobs or 0) if body.logprobs else None)
@@ -50,25 +66,25 @@ async def complete(
     if not body.onebox.regenerate:
         free = raw and body.onebox.conversation is None
         messages = read_messages(body.messages, gateway.settings, ends_with_user=not free)
-    run_id = f"run_{uuid4().hex}"
-    begun = await _begin(gateway, principal, body, run_id, messages)
     request = RunRequest(
-        run_id=run_id,
+        run_id=new_run_id(),
         tenant=principal.tenant,
-        messages=begun.messages if begun is not None else messages,
+        messages=messages,
         task=task,
         raw=raw,
         params=body.onebox.params,
         sampling=sampling,
-        conversation_id=begun.conversation_id if begun is not None else None,
+        conversation_id=body.onebox.conversation,
+        background=body.onebox.background,
     )
     count_error = gateway.metrics.count_error
     if (body.n or 1) > 1:
         return JsonReply(lambda: _several(gateway, request, body), count_error)
-    run = gateway.executor.start(request, gateway.record(begun) if begun is not None else None)
+    started = await gateway.runs.start(request, _turn(body, messages), idempotency)
     if body.stream:
-        return StreamReply(_chunks(run, begun, body, count_error=count_error), count_error, gateway.settings)
-    return JsonReply(lambda: _whole(run, begun, body), count_error)
+        chunks = _chunks(gateway.runs, started, body, count_error=count_error)
+        return StreamReply(chunks, count_error, gateway.settings)
+    return JsonReply(lambda: _one(gateway.runs, started, body), count_error)
 
 
 async def _resolve(gateway: Gateway, model: str) -> tuple[str | None, bool]:
@@ -84,55 +100,53 @@ async def _resolve(gateway: Gateway, model: str) -> tuple[str | None, bool]:
     raise UnknownModel(f"Model {model!r} does not exist here; known: {known}. Choose one of these.", param="model")
 
 
-async def _begin(
-    gateway: Gateway, principal: Principal, body: ChatRequest, run_id: str, messages: tuple[Message, ...]
-) -> BegunTurn | None:
+def _turn(body: ChatRequest, messages: tuple[Message, ...]) -> TurnRequest | None:
     options = body.onebox
     if options.conversation is None:
         return None
     mode: Mode = "regenerate" if options.regenerate else "edit" if options.edit else "new"
-    text = messages[-1].text if messages else ""
-    return await gateway.conversations.begin_turn(
-        principal.tenant, options.conversation, run_id, mode, text, options.edit
-    )
+    return TurnRequest(mode, messages[-1].text if messages else "", options.edit)
 
 
 async def _chunks(
-    run: Run, begun: BegunTurn | None, body: ChatRequest, *, count_error: Callable[[str], None]
+    runs: Runs, started: Started, body: ChatRequest, *, count_error: Callable[[str], None]
 ) -> AsyncGenerator[bytes, None]:
     """The SSE lines of a reply; what happens before the first text waits for it, unless progress is to be shown."""
-    encoder = ChunkEncoder(run.request.run_id, body.model, int(time.time()))
+    encoder = ChunkEncoder(started.run_id, body.model, int(time.time()))
     want_events = body.onebox.events
     held: list[Event] = []
+    routed: Routed | None = None
     opened = False
     usage: Usage | None = None
-    async with aclosing(run.events()) as events:
-        async for event in events:
+    async with aclosing(runs.attend(started)) as events:
+        async for _, event in events:
             if type(event) is TextDelta:
                 if not opened:
                     opened = True
-                    yield _opening(encoder, run, begun, held)
-                if event.text or event.tokens:
-                    yield encoder.text(event)
+                    yield _opening(encoder, started, routed, held)
+                yield encoder.text(event)
                 continue
             if isinstance(event, Failed):
-                error = run.error or Internal(event.message)
                 if not opened:
-                    raise error
-                count_error(error.code)
-                yield error_line(error)
+                    raise error_of(event)
+                count_error(event.code)
+                yield error_line(error_of(event))
                 return
-            if isinstance(event, Completed):
+            if isinstance(event, Completed | Stopped):
                 if not opened:
-                    yield _opening(encoder, run, begun, held)
-                yield encoder.finish(event.finish)
+                    yield _opening(encoder, started, routed, held)
+                if want_events and isinstance(event, Stopped):
+                    yield encoder.event(event)
+                yield encoder.finish(event.finish if isinstance(event, Completed) else "stop")
                 if usage is not None and body.stream_options is not None and body.stream_options.include_usage:
                     yield encoder.usage(usage)
                 yield DONE
                 return
             if isinstance(event, Usage):
                 usage = event
-            if not want_events or isinstance(event, Accepted | Usage):
+            elif isinstance(event, Routed):
+                routed = event
+            if not want_events or isinstance(event, Accepted | Usage | Output):
                 continue
             if opened:
                 yield encoder.event(event)
@@ -140,76 +154,94 @@ async def _chunks(
             held.append(event)
             if event.kind in ("progress", "citation", "check"):
                 opened = True
-                yield _opening(encoder, run, begun, held)
+                yield _opening(encoder, started, routed, held)
 
 
-def _opening(encoder: ChunkEncoder, run: Run, begun: BegunTurn | None, held: list[Event]) -> bytes:
-    turn_id = begun.turn_id if begun is not None else None
-    onebox = onebox_object(run.request.run_id, run.request.conversation_id, turn_id, run.routed)
+def _opening(encoder: ChunkEncoder, started: Started, routed: Routed | None, held: list[Event]) -> bytes:
+    onebox = onebox_object(started.run_id, started.conversation_id, started.turn_id, routed)
     return encoder.opening(onebox) + b"".join(encoder.event(event) for event in held)
 
 
-async def _whole(run: Run, begun: BegunTurn | None, body: ChatRequest) -> dict[str, object]:
-    choice, usage = await _collect(run, bool(body.logprobs))
-    turn_id = begun.turn_id if begun is not None else None
-    return _completion(run, body, [choice | {"index": 0}], usage, turn_id)
+async def _one(runs: Runs, started: Started, body: ChatRequest) -> dict[str, object]:
+    whole = await _collect(runs, started, bool(body.logprobs))
+    return _completion(started, body, [whole.choice | {"index": 0}], whole.usage, whole.routed)
 
 
 async def _several(gateway: Gateway, request: RunRequest, body: ChatRequest) -> dict[str, object]:
     """`n` replies to one request, side by side, after one routing."""
-    routed = None if request.raw else await gateway.executor.decide(request)
-    runs = [gateway.executor.start(_nth(replace(request, routed=routed), index)) for index in range(body.n or 1)]
+    routed: Routed | None = None
+    if not request.raw:
+        routed = await gateway.executor.decide(request, request.messages, Meter(), request.run_id)
+    several = [_nth(replace(request, routed=routed), index) for index in range(body.n or 1)]
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_collect(run, bool(body.logprobs))) for run in runs]
+            tasks = [group.create_task(_start_and_collect(gateway.runs, each, bool(body.logprobs))) for each in several]
     except* OneboxError as errors:
         raise _first(errors) from None
     results = [task.result() for task in tasks]
-    usage = Usage(results[0][1].prompt_tokens, sum(spent.completion_tokens for _, spent in results))
-    choices = [choice | {"index": index} for index, (choice, _) in enumerate(results)]
-    return _completion(runs[0], body, choices, usage, None)
+    spent = sum(whole.usage.completion_tokens for _, whole in results)
+    choices = [whole.choice | {"index": index} for index, (_, whole) in enumerate(results)]
+    usage = Usage(results[0][1].usage.prompt_tokens, spent)
+    return _completion(results[0][0], body, choices, usage, routed)
 
 
 def _nth(request: RunRequest, index: int) -> RunRequest:
     seed = request.sampling.seed
     sampling = replace(request.sampling, seed=seed + index) if seed is not None else request.sampling
-    return replace(request, run_id=f"{request.run_id}-{index}" if index else request.run_id, sampling=sampling)
+    return replace(request, run_id=new_run_id() if index else request.run_id, sampling=sampling)
 
 
-async def _collect(run: Run, logprobs: bool) -> tuple[dict[str, object], Usage]:
+async def _start_and_collect(runs: Runs, request: RunRequest, logprobs: bool) -> tuple[Started, _Whole]:
+    started = await runs.start(request)
+    return started, await _collect(runs, started, logprobs)
+
+
+async def _collect(runs: Runs, started: Started, logprobs: bool) -> _Whole:
     pieces: list[str] = []
     tokens: list[Token] = []
     finish = "stop"
-    async with aclosing(run.events()) as events:
-        async for event in events:
+    usage, routed = NO_USAGE, None
+    async with aclosing(runs.attend(started)) as events:
+        async for _, event in events:
             if type(event) is TextDelta:
                 pieces.append(event.text)
                 tokens.extend(event.tokens)
             elif isinstance(event, Failed):
-                raise run.error or Internal(event.message)
+                raise error_of(event)
             elif isinstance(event, Completed):
                 finish = event.finish
+            elif isinstance(event, Usage):
+                usage = event
+            elif isinstance(event, Routed):
+                routed = event
     choice: dict[str, object] = {
         "message": {"role": "assistant", "content": "".join(pieces), "refusal": None},
         "logprobs": {"content": [token_logprob(token) for token in tokens]} if logprobs else None,
         "finish_reason": finish,
     }
-    return choice, run.usage
+    return _Whole(choice, usage, routed)
 
 
 def _completion(
-    run: Run, body: ChatRequest, choices: list[dict[str, object]], usage: Usage, turn_id: str | None
+    started: Started, body: ChatRequest, choices: list[dict[str, object]], usage: Usage, routed: Routed | None
 ) -> dict[str, object]:
-    request = run.request
+    onebox = onebox_object(started.run_id, started.conversation_id, started.turn_id, routed)
     return {
-        "id": request.run_id,
+        "id": started.run_id,
         "object": "chat.completion",
         "created": int(time.time()),
         "model": body.model,
         "choices": choices,
         "usage": usage_object(usage),
-        "onebox": orjson.Fragment(onebox_object(request.run_id, request.conversation_id, turn_id, run.routed)),
+        "onebox": orjson.Fragment(onebox),
     }
+
+
+def error_of(failed: Failed) -> OneboxError:
+    """The error that ended a run."""
+    error = from_code(failed.code, failed.message, retry_after_s=failed.retry_after_s)
+    error.param = failed.param
+    return error
 
 
 def _first(errors: BaseExceptionGroup[OneboxError]) -> OneboxError:

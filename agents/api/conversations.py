@@ -54,7 +54,10 @@ async def rename(identifier: str, body: RenameRequest, gateway: TheGateway, call
 @router.delete("/v1/conversations/{identifier}")
 async def delete(identifier: str, gateway: TheGateway, caller: Caller) -> Response:
     """Gone, with everything in it."""
+    running = await gateway.conversations.running(caller.tenant, identifier)
     await gateway.conversations.delete(caller.tenant, identifier)
+    if running is not None:
+        gateway.runs.stop_quietly(caller.tenant, running)
     return json_response({"id": identifier, "deleted": True})
 
 

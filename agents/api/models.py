@@ -6,8 +6,8 @@ from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
 from agents.api.replies import json_response
+from agents.execution import AUTO
 from agents.gateway import Gateway, gateway_of
-from agents.runs import AUTO
 from onebox.errors import NotFound, OneboxError, UnknownModel
 
 router = APIRouter()

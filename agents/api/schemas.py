@@ -106,6 +106,7 @@ class OneboxOptions(Body):
     edit: Identifier | None = None
     params: dict[str, Any] = Field(default_factory=dict)
     events: bool = False
+    background: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> "OneboxOptions":

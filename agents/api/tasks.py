@@ -3,21 +3,24 @@
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from typing import Annotated
-from uuid import uuid4
 
 import orjson
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
+from agents.api.chat import NO_USAGE, error_of
+from agents.api.idempotency import idempotency_of
 from agents.api.replies import JsonReply, StreamReply, json_response
 from agents.api.route import LeanRoute
 from agents.api.schemas import RouteRequest, TaskRequest, read_messages
+from agents.context import Meter
+from agents.execution import check_params
 from agents.gateway import Gateway, gateway_of, principal_of
 from agents.keys import Principal
-from agents.runs import Run, RunRequest, check_params
+from agents.runs import Idempotency, RunRequest, Runs, Started, new_run_id
 from agents.wire import usage_object
-from onebox.errors import BadRequest, Internal, UnknownTask
-from onebox.events import Accepted, Completed, Event, Failed, TextDelta, encode
+from onebox.errors import BadRequest, UnknownTask
+from onebox.events import Accepted, Completed, Event, Failed, Output, TextDelta, Usage, encode
 from onebox.messages import Message, user
 from onebox.settings import Settings
 
@@ -46,6 +49,7 @@ async def run_task(
     body: TaskRequest,
     gateway: Annotated[Gateway, Depends(gateway_of)],
     principal: Annotated[Principal, Depends(principal_of)],
+    idempotency: Annotated[Idempotency | None, Depends(idempotency_of)],
 ) -> Response:
     """Do one task; JSON, or the run's events as SSE."""
     plugin = gateway.executor.plugins.get(name)
@@ -54,18 +58,18 @@ async def run_task(
         raise UnknownTask(f"Task {name!r} is not installed; known: {known}. Choose one of these.", param="name")
     check_params(plugin, body.params)
     request = RunRequest(
-        run_id=f"run_{uuid4().hex}",
+        run_id=new_run_id(),
         tenant=principal.tenant,
         messages=_messages(body, gateway.settings),
         task=name,
         params=body.params,
         sampling=body.sampling(gateway.settings),
     )
-    run = gateway.executor.start(request)
+    started = await gateway.runs.start(request, None, idempotency)
     count_error = gateway.metrics.count_error
     if body.stream:
-        return StreamReply(_lines(run, count_error), count_error, gateway.settings)
-    return JsonReply(lambda: _whole(run, name), count_error)
+        return StreamReply(_lines(gateway.runs, started, count_error), count_error, gateway.settings)
+    return JsonReply(lambda: _whole(gateway.runs, started, name), count_error)
 
 
 @router.post("/v1/route", tags=["tasks"])
@@ -75,8 +79,8 @@ async def route(
     principal: Annotated[Principal, Depends(principal_of)],
 ) -> Response:
     """Which task the last message is, and how sure that is."""
-    request = RunRequest(f"run_{uuid4().hex}", principal.tenant, _messages(body, gateway.settings))
-    return json_response(await gateway.executor.decide(request))
+    request = RunRequest(new_run_id(), principal.tenant, _messages(body, gateway.settings))
+    return json_response(await gateway.executor.decide(request, request.messages, Meter(), request.run_id))
 
 
 def _messages(body: TaskRequest | RouteRequest, settings: Settings) -> tuple[Message, ...]:
@@ -88,19 +92,25 @@ def _messages(body: TaskRequest | RouteRequest, settings: Settings) -> tuple[Mes
     return (user(text),)
 
 
-async def _lines(run: Run, count_error: Callable[[str], None]) -> AsyncGenerator[bytes, None]:
+async def _lines(runs: Runs, started: Started, count_error: Callable[[str], None]) -> AsyncGenerator[bytes, None]:
     """The events as SSE; those before the first output wait for it, so that a refusal is still an HTTP error."""
     held: list[bytes] | None = []
-    async with aclosing(run.events()) as events:
-        async for event in events:
+    async with aclosing(runs.attend(started)) as events:
+        async for _, event in events:
             line = _line(event)
             if held is None:
                 if isinstance(event, Failed):
                     count_error(event.code)
                 yield line
             elif isinstance(event, Failed):
-                raise run.error or Internal(event.message)
-            elif isinstance(event, TextDelta) or event.kind in ("progress", "citation", "check", "completed"):
+                raise error_of(event)
+            elif isinstance(event, TextDelta) or event.kind in (
+                "progress",
+                "citation",
+                "check",
+                "completed",
+                "stopped",
+            ):
                 yield b"".join([*held, line])
                 held = None
             else:
@@ -111,25 +121,27 @@ def _line(event: Event) -> bytes:
     return b"event: " + event.kind.encode() + b"\ndata: " + encode(event) + b"\n\n"
 
 
-async def _whole(run: Run, name: str) -> dict[str, object]:
+async def _whole(runs: Runs, started: Started, name: str) -> dict[str, object]:
     pieces: list[str] = []
     others: list[orjson.Fragment] = []
-    finish = "stop"
-    async with aclosing(run.events()) as events:
-        async for event in events:
+    finish, usage = "stop", NO_USAGE
+    async with aclosing(runs.attend(started)) as events:
+        async for _, event in events:
             if isinstance(event, TextDelta):
                 pieces.append(event.text)
             elif isinstance(event, Failed):
-                raise run.error or Internal(event.message)
-            elif not isinstance(event, Accepted):
+                raise error_of(event)
+            elif not isinstance(event, Accepted | Output):
                 others.append(orjson.Fragment(encode(event)))
             if isinstance(event, Completed):
                 finish = event.finish
+            elif isinstance(event, Usage):
+                usage = event
     return {
-        "run_id": run.request.run_id,
+        "run_id": started.run_id,
         "task": name,
         "text": "".join(pieces),
         "finish": finish,
-        "usage": usage_object(run.usage),
+        "usage": usage_object(usage),
         "events": others,
     }

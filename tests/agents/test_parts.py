@@ -6,7 +6,7 @@ import openai.types.chat
 import pytest
 
 from agents.context import share
-from agents.conversations import Conversations, Variant
+from agents.conversations import Turn, Variant, history
 from agents.keys import ensure_admin_key
 from agents.store import Store
 from agents.wire import ChunkEncoder
@@ -17,18 +17,13 @@ from onebox.settings import Settings
 from tests.agents.conftest import store_child
 
 
-async def test_history_too_long_for_any_engine_keeps_its_newest_turns(valkey: EmbeddedStore) -> None:
-    store = Store(Settings.model_validate({"redis_url": valkey.url}))
-    try:
-        conversations = Conversations(store)
-        conversation = (await conversations.create("long", "")).id
-        for number in range(4):
-            begun = await conversations.begin_turn("long", conversation, f"run_{number}", "new", f"{number}", None)
-            await conversations.end_turn(begun, Variant(f"run_{number}", text="x" * (100 * 1024), state="completed"))
-        begun = await conversations.begin_turn("long", conversation, "run_last", "new", "last", None)
-        assert [message.text for message in begun.messages if message.role == "user"] == ["2", "3", "last"]
-    finally:
-        await store.close()
+def test_history_too_long_for_any_engine_keeps_its_newest_turns() -> None:
+    answered = [
+        Turn(f"turn_{number}", f"{number}", 0.0, (Variant(f"resp_{number}", "x" * (100 * 1024), state="completed"),))
+        for number in range(4)
+    ]
+    messages = history((*answered, Turn("turn_last", "last", 0.0, (Variant("resp_last"),))))
+    assert [message.text for message in messages if message.role == "user"] == ["2", "3", "last"]
 
 
 def token(text: str, identifier: int, probability: float, *rivals: tuple[str, int, float]) -> Token:

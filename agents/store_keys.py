@@ -1,0 +1,40 @@
+"""The names of things in the store; all of one tenant's share a hash tag, so a Redis cluster keeps them together."""
+
+from typing import Final
+
+TENANTS: Final = "onebox:tenants"
+
+
+class ConversationKeys:
+    """The Redis keys of one conversation."""
+
+    def __init__(self, tenant: str, identifier: str) -> None:
+        base = f"onebox:{{{tenant}}}:conversation:{identifier}"
+        self.conversation = base
+        self.turns = f"{base}:turns"
+        self.order = f"{base}:order"
+        self.variants = f"{base}:variants"
+        self.feedback = f"{base}:feedback"
+        self.lock = f"{base}:lock"
+        self.index = conversation_index(tenant)
+
+
+class RunKeys:
+    """The Redis keys of one run."""
+
+    def __init__(self, tenant: str, run_id: str) -> None:
+        self.prefix = f"onebox:{{{tenant}}}:run:"
+        self.run = f"{self.prefix}{run_id}"
+        self.events = f"{self.run}:events"
+        self.journal = f"{self.run}:journal"
+        self.leases = f"onebox:{{{tenant}}}:leases"
+
+
+def conversation_index(tenant: str) -> str:
+    """The sorted set of a tenant's conversations."""
+    return f"onebox:{{{tenant}}}:conversations"
+
+
+def idempotency_key(tenant: str, key: str | None) -> str:
+    """The hash of an idempotency key."""
+    return f"onebox:{{{tenant}}}:idempotency:{key or ''}"
