@@ -24,8 +24,8 @@ def main() -> int:
         settings = read_settings()
         logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
         listener = socket.socket(fileno=arguments.fd) if arguments.fd is not None else _listen(settings)
-        # A dropped reader's connection stays until its buffer is taken; this ends it where it never is.
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(settings.reader_stall_s * 1000))
+        # The connection of a reader who was dropped lives until its buffer is taken; this ends it where it never is.
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2 * settings.reader_stall_s * 1000))
         app = create_app(settings)
     except SetupError as error:
         print(error.message, file=sys.stderr)  # noqa: T201  # the one line a user reads
