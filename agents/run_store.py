@@ -263,7 +263,7 @@ class RunStore:
             UnknownRun: there is none.
         """
         (row,) = await self._store.transaction([("HGETALL", RunKeys(tenant, run_id).run)])
-        values = {name.decode(): value for name, value in zip(row[::2], row[1::2], strict=True)}
+        values = {name.decode(): value for name, value in row.items()}
         if "request" not in values:
             raise unknown_run(run_id)
         return RunRecord(

@@ -10,7 +10,7 @@ from typing import Final
 import orjson
 from fastapi import Request
 
-from agents.run_store import Idempotency
+from agents.runs import Idempotency
 from onebox.errors import BadRequest
 
 HEADER: Final = "idempotency-key"
