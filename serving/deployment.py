@@ -14,6 +14,7 @@ from ray.serve import Application
 from starlette.types import ASGIApp
 
 from onebox.settings import Settings, read_settings
+from serving.door import Door
 from serving.scripted_engine import ScriptedEngine
 from serving.server import ReplicaApp
 
@@ -32,13 +33,16 @@ class EngineReplica:
     def __init__(self, values: dict[str, Plain]) -> None:
         self._settings = Settings.model_validate(values)
         self._engine: Engine | None = None
+        self._door: Door | None = None
         logging.getLogger().setLevel(self._settings.log_level.upper())
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Loads the engine; Serve routes requests to the replica once this returns."""
         self._engine = await _start_engine(self._settings)
-        app = ReplicaApp(self._engine, self._settings)
+        self._door = Door(ray.util.get_node_ip_address())
+        app = ReplicaApp(self._engine, self._settings, self._door.url)
         await app.measure()
+        self._door.open(app)
         return app
 
     async def check_health(self) -> None:
@@ -47,6 +51,8 @@ class EngineReplica:
             await self._engine.check()
 
     async def __del__(self) -> None:
+        if self._door is not None:
+            await self._door.close()
         if self._engine is not None:
             await self._engine.close()
 

@@ -32,6 +32,10 @@ class Engine(Protocol):
         """
         ...
 
+    async def settle(self) -> None:
+        """Returns once the engine is rid of every request that was aborted before this call."""
+        ...
+
     def tokenize(self, request: TokenizeRequest) -> TokenizeReply:
         """Ids and pieces of a text, or of a chat prompt rendered with the model's template.
 

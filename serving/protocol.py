@@ -3,7 +3,10 @@
 `POST /v1/generate` takes a `GenerateRequest` as JSON and answers `application/x-ndjson`: `Frame` lines, the first
 flushed at once, then exactly one `End` or `Error` line. Nothing leaves, not even the status line, before the engine
 has its first output: overload, a prompt too long or a dead engine are plain HTTP errors with an `{"error": ...}` body.
-Closing the connection aborts the request. Every route wants `Authorization: Bearer <internal token>`.
+Closing the connection aborts the request; `POST /v1/abort` does so too, and says when the engine has let go of it.
+
+Every answer names the replica in `x-onebox-replica`, the address of its own door: the same routes without the fleet's
+ingress in between. Every route wants `Authorization: Bearer <internal token>`.
 
 This is not the public API; that is `agents.api`. The gateway's side of the wire is `agents.engine`.
 """
@@ -18,6 +21,7 @@ from onebox.events import FinishReason, Token
 
 VERSION = 1
 CONTENT_TYPE = "application/x-ndjson"
+REPLICA_HEADER = "x-onebox-replica"
 
 
 class WireModel(BaseModel):
@@ -61,7 +65,8 @@ class Structured(WireModel):
 class GenerateRequest(WireModel):
     """One generation. Exactly one of `messages` and `prompt_token_ids` is given.
 
-    `resume_token_ids` continues a reply: those tokens were generated before and are not sent again.
+    `resume_token_ids` continues a reply: those tokens were generated before and are not sent again. Where they are the
+    whole reply, its `End` is all that comes.
     """
 
     request_id: str = Field(min_length=1, max_length=128)
@@ -79,6 +84,23 @@ class GenerateRequest(WireModel):
         if (self.messages is None) == (self.prompt_token_ids is None):
             raise ValueError("give exactly one of messages and prompt_token_ids")
         return self
+
+
+class AbortRequest(WireModel):
+    """Ends the replies of this request at this replica; their streams end with an `Error` of code `conflict`."""
+
+    request_id: str = Field(min_length=1, max_length=128)
+
+
+class AbortReply(WireModel):
+    """What became of it: the tokens these replies had sent, the resumed ones not among them.
+
+    `freed_ms` is the time until the engine itself was rid of them; None where it took longer than the replica waits.
+    """
+
+    found: bool
+    completion_tokens: int
+    freed_ms: float | None
 
 
 class TokenizeRequest(WireModel):

@@ -108,6 +108,9 @@ class ScriptedEngine:
         prompt_tokens = self._count_prompt(request)
         resumed = len(request.resume_token_ids)
         room = self._context_length - prompt_tokens - resumed
+        if room < 1 and self._context_length > prompt_tokens:
+            yield (End("length", prompt_tokens, 0),)
+            return
         if room < 1:
             raise PromptTooLong(
                 f"The prompt has {prompt_tokens + resumed} tokens and the context holds {self._context_length}: "
@@ -135,6 +138,9 @@ class ScriptedEngine:
                     yield frame, End(script.finish, prompt_tokens, index - resumed)
             if resumed >= script.length:
                 yield (End(script.finish, prompt_tokens, 0),)
+
+    async def settle(self) -> None:
+        """Nothing to wait for: a reply's slot is free when its generator is closed."""
 
     def tokenize(self, request: TokenizeRequest) -> TokenizeReply:
         """Ids and pieces; about one per word or Chinese character."""

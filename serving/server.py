@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from logging import getLogger
 from typing import TypeVar
 from uuid import uuid4
@@ -23,6 +24,7 @@ from starlette.types import Message, Receive, Scope, Send
 from onebox.errors import (
     BadRequest,
     BodyTooLarge,
+    Conflict,
     Internal,
     NotFound,
     OneboxError,
@@ -34,6 +36,9 @@ from onebox.settings import Settings
 from serving.engine import Batch, Engine
 from serving.protocol import (
     CONTENT_TYPE,
+    REPLICA_HEADER,
+    AbortReply,
+    AbortRequest,
     End,
     Error,
     GenerateRequest,
@@ -47,6 +52,7 @@ CANARY_FRESH_S = 1.0
 BUSY_FRESH_S = 10.0
 MEASURED_TOKENS = 8
 RETRY_AFTER_S = 1.0
+ABORT_TIMEOUT_S = 2.0
 
 _log = getLogger(__name__)
 _Model = TypeVar("_Model", bound=BaseModel)
@@ -54,29 +60,31 @@ _Handler = Callable[[Receive, Send], Awaitable[Response | None]]
 
 
 class ReplicaApp:
-    """The ASGI app around a running engine.
+    """The ASGI app around a running engine. `door` is the replica's own address, which every answer gives.
 
     Raises:
         ValueError: there is no internal token; a replica never serves strangers.
     """
 
-    def __init__(self, engine: Engine, settings: Settings) -> None:
+    def __init__(self, engine: Engine, settings: Settings, door: str | None = None) -> None:
         if settings.internal_token is None:
             raise ValueError("internal_token is not set")
         self._engine = engine
+        self._headers = [] if door is None else [(REPLICA_HEADER.encode(), door.encode())]
         self._expected = f"Bearer {settings.internal_token.get_secret_value()}".encode()
         self._coalesce_s = settings.engine_coalesce_ms / 1000
         self._body_max_bytes = settings.body_max_bytes
         self._capacity = settings.engine_max_ongoing + settings.engine_max_queued
-        self._running = 0
+        self._replies: set[_Reply] = set()
         self._tokens_per_s: float | None = None
         self._progressed_at = -math.inf
         self._canary_at = -math.inf
         self._canary = asyncio.Lock()
         self._meters = _Meters()
-        self._meters.running.set_function(lambda: self._running)
+        self._meters.running.set_function(lambda: len(self._replies))
         self._routes: dict[tuple[str, str], _Handler] = {
             ("POST", "/v1/generate"): self._generate,
+            ("POST", "/v1/abort"): self._abort,
             ("POST", "/v1/tokenize"): self._tokenize,
             ("GET", "/v1/model"): self._model,
             ("GET", "/healthz"): self._healthz,
@@ -91,7 +99,7 @@ class ReplicaApp:
             return
         if scope["type"] != "http":
             return
-        outbox = _Outbox(send)
+        outbox = _Outbox(send, self._headers)
         try:
             self._authenticate(scope)
             handler = self._routes.get((scope["method"], scope["path"]))
@@ -105,7 +113,7 @@ class ReplicaApp:
             await self._fail(Internal("The engine replica has a defect; its log says more."), scope, receive, outbox)
         else:
             if response is not None:
-                await response(scope, receive, send)
+                await response(scope, receive, outbox)
 
     async def measure(self) -> None:
         """Warms the engine up and notes its speed for one stream.
@@ -132,29 +140,54 @@ class ReplicaApp:
             await outbox({"type": "http.response.body", "body": line, "more_body": False})
 
     async def _generate(self, receive: Receive, send: Send) -> None:
-        if self._running >= self._capacity:
+        if len(self._replies) >= self._capacity:
             raise Overloaded(
                 f"All {self._capacity} places of this engine are taken. Try again shortly.", retry_after_s=RETRY_AFTER_S
             )
-        self._running += 1
+        reply = _Reply()
+        self._replies.add(reply)
         try:
             request = _parse(GenerateRequest, await self._read(receive))
-            stream = asyncio.create_task(self._stream(request, send))
+            stream = asyncio.create_task(self._stream(request, send, reply))
             gone = asyncio.create_task(_disconnected(receive))
+            reply.request_id, reply.stream = request.request_id, stream
             try:
                 await asyncio.wait((stream, gone), return_when=asyncio.FIRST_COMPLETED)
-                if stream.done():
-                    stream.result()
-                else:
+                if not stream.done() or stream.cancelled():
                     self._meters.aborted.inc()
+                else:
+                    stream.result()
             finally:
                 stream.cancel()
                 gone.cancel()
                 await asyncio.gather(stream, gone, return_exceptions=True)
         finally:
-            self._running -= 1
+            self._replies.remove(reply)
+            reply.freed.set()
+        if reply.stopped:
+            raise Conflict("The reply was stopped at its gateway's wish. Ask again if it is wanted after all.")
 
-    async def _stream(self, request: GenerateRequest, send: Send) -> None:
+    async def _abort(self, receive: Receive, send: Send) -> Response:
+        started = time.monotonic()
+        request_id = _parse(AbortRequest, await self._read(receive)).request_id
+        replies = [reply for reply in self._replies if reply.request_id == request_id]
+        for reply in replies:
+            reply.stop()
+        freed_ms: float | None = None
+        try:
+            async with asyncio.timeout(ABORT_TIMEOUT_S):
+                for reply in replies:
+                    await reply.freed.wait()
+                if replies:
+                    await self._engine.settle()
+                freed_ms = round((time.monotonic() - started) * 1000, 3)
+        except TimeoutError:
+            _log.warning("request %s is not ended after %g s", request_id, ABORT_TIMEOUT_S)
+        tokens = sum(reply.tokens for reply in replies)
+        answer = AbortReply(found=bool(replies), completion_tokens=tokens, freed_ms=freed_ms)
+        return Response(answer.model_dump_json(), media_type="application/json")
+
+    async def _stream(self, request: GenerateRequest, send: Send, reply: "_Reply") -> None:
         """Sends the reply. The status line waits for the engine's first output."""
         started = time.monotonic()
         async with aclosing(self._engine.generate(request)) as batches:
@@ -167,19 +200,23 @@ class ReplicaApp:
                     first = False
                 ended = isinstance(batch[-1], End)
                 await send({"type": "http.response.body", "body": _encode(batch), "more_body": not ended})
-                self._count(batch)
+                reply.tokens += self._count(batch)
                 if ended:
                     return
                 if self._coalesce_s > 0:
                     await asyncio.sleep(self._coalesce_s)
         raise Internal("The engine ended a reply without saying so.")
 
-    def _count(self, batch: Batch) -> None:
+    def _count(self, batch: Batch) -> int:
+        """The batch's tokens."""
+        tokens = 0
         for item in batch:
             if isinstance(item, End):
                 self._meters.finished.labels(item.finish).inc()
             else:
-                self._meters.tokens.inc(len(item.ids))
+                tokens += len(item.ids)
+        self._meters.tokens.inc(tokens)
+        return tokens
 
     async def _tokenize(self, receive: Receive, send: Send) -> Response:
         request = _parse(TokenizeRequest, await self._read(receive))
@@ -198,7 +235,7 @@ class ReplicaApp:
         await self._engine.check()
         async with self._canary:
             now = time.monotonic()
-            busy = self._running > 0 and now - self._progressed_at < BUSY_FRESH_S
+            busy = bool(self._replies) and now - self._progressed_at < BUSY_FRESH_S
             if not busy and now - self._canary_at > CANARY_FRESH_S:
                 await self._draw_canary()
         return Response(b'{"ready":true}', media_type="application/json")
@@ -243,6 +280,23 @@ class ReplicaApp:
                 return bytes(body)
 
 
+@dataclass(slots=True, eq=False)
+class _Reply:
+    """A reply being answered or waiting; `freed` once the engine's generator is closed."""
+
+    request_id: str = ""
+    stream: asyncio.Task[None] | None = None
+    tokens: int = 0
+    stopped: bool = False
+    freed: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def stop(self) -> None:
+        """End it."""
+        if self.stream is not None and not self.stream.done():
+            self.stopped = True
+            self.stream.cancel()
+
+
 class _Meters:
     """The replica's Prometheus metrics in a registry of their own."""
 
@@ -262,14 +316,17 @@ class _Meters:
 
 
 class _Outbox:
-    """A `send` that remembers how far the response has got."""
+    """A `send` that adds the replica's headers and remembers how far the response has got."""
 
-    def __init__(self, send: Send) -> None:
+    def __init__(self, send: Send, headers: list[tuple[bytes, bytes]]) -> None:
         self._send = send
+        self._headers = headers
         self.started = False
         self.finished = False
 
     async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            message["headers"] = [*message["headers"], *self._headers]
         await self._send(message)
         if message["type"] == "http.response.start":
             self.started = True

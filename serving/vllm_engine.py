@@ -63,6 +63,8 @@ class VllmEngine:
             for name, value in engine.model_config.get_diff_sampling_param().items()
             if name in {"temperature", "top_p", "top_k", "min_p", "repetition_penalty"}
         }
+        ends = engine.model_config.try_get_generation_config().get("eos_token_id", ())
+        self._end_ids = {self._tokenizer.eos_token_id} | ({ends} if isinstance(ends, int) else set(ends))
         self._max_ongoing = settings.engine_max_ongoing
         self._max_queued = settings.engine_max_queued
 
@@ -95,6 +97,9 @@ class VllmEngine:
         prompt = list(request.prompt_token_ids or await self._render(request.messages or ()))
         resumed = list(request.resume_token_ids)
         room = self._context_length - len(prompt) - len(resumed)
+        if finish := self._finish_of(request, len(prompt)):
+            yield (End(finish, len(prompt), 0),)
+            return
         if room < 1:
             raise PromptTooLong(
                 f"The prompt has {len(prompt) + len(resumed)} tokens and the context holds {self._context_length}: "
@@ -102,6 +107,10 @@ class VllmEngine:
             )
         try:
             params = self._sampling_params(request, room)
+            continuation = _Continuation(self._tokenizer, prompt, resumed, params) if resumed else None
+            if continuation is not None and continuation.stopped:
+                yield (End("stop", len(prompt), 0),)
+                return
             outputs = self._engine.generate(
                 _tokens_prompt(prompt + resumed, request.cache_salt),
                 params,
@@ -109,7 +118,6 @@ class VllmEngine:
                 priority=request.priority,
                 session_id=request.session,
             )
-            continuation = _Continuation(self._tokenizer, prompt, resumed, params) if resumed else None
             async with aclosing(outputs):
                 async for batch in _batches(outputs, continuation, len(prompt), request.sampling.top_logprobs):
                     yield batch
@@ -119,6 +127,10 @@ class VllmEngine:
             raise
         except Exception as error:
             raise _mapped(error) from error
+
+    async def settle(self) -> None:
+        """A round trip to vLLM's core, which takes what it is sent in order: the aborts before it are done."""
+        await self._engine.is_sleeping()
 
     def tokenize(self, request: TokenizeRequest) -> TokenizeReply:
         """Ids and pieces in the model's own tokens."""
@@ -164,6 +176,20 @@ class VllmEngine:
                 f"The model's chat template refuses these messages: {error}. Check the order of the roles."
             ) from error
         return [int(token) for token in ids]
+
+    def _finish_of(self, request: GenerateRequest, prompt_tokens: int) -> FinishReason | None:
+        """How the resumed tokens end the reply, where they are all of it."""
+        resumed, wanted = request.resume_token_ids, request.structured
+        if not resumed:
+            return None
+        if resumed[-1] in self._end_ids and not request.sampling.ignore_eos:
+            return "stop"
+        options = wanted.choice if wanted is not None else None
+        if options and self._tokenizer.decode(list(resumed), skip_special_tokens=True) in options:
+            return "stop"
+        if prompt_tokens < self._context_length <= prompt_tokens + len(resumed):
+            return "length"
+        return None
 
     def _has_template(self) -> bool:
         return bool(getattr(self._tokenizer, "chat_template", None))
@@ -227,7 +253,7 @@ class _Continuation:
             data_parallel_rank=None,
         )
         self._detokenizer = IncrementalDetokenizer.from_new_request(tokenizer, original)
-        self._detokenizer.update(resumed, stop_terminated=False)
+        self.stopped = self._detokenizer.update(resumed, stop_terminated=False) is not None
         self._detokenizer.get_next_output_text(finished=False, delta=True)
 
     def advance(self, ids: Sequence[int], reason: str | None, stop_reason: int | str | None) -> tuple[str, bool]:

@@ -4,6 +4,7 @@ Port and pace come from the settings, the faults from the command line. It is th
 """
 
 import argparse
+from dataclasses import fields
 
 import uvicorn
 
@@ -15,10 +16,12 @@ from serving.server import ReplicaApp
 def main() -> None:
     """Serve until killed."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--fail-at-token", type=int)
-    faults = Faults(fail_at_token=parser.parse_args().fail_at_token)
+    for fault in fields(Faults):
+        parser.add_argument(f"--{fault.name.replace('_', '-')}", type=int)
+    faults = Faults(**vars(parser.parse_args()))
     settings = read_settings()
-    app = ReplicaApp(ScriptedEngine(settings, faults=faults), settings)
+    door = f"http://127.0.0.1:{settings.engine_port}"
+    app = ReplicaApp(ScriptedEngine(settings, faults=faults), settings, door)
     uvicorn.run(app, host="127.0.0.1", port=settings.engine_port, loop="uvloop", http="httptools", log_level="warning")
 
 

@@ -19,7 +19,9 @@ async def main() -> None:
     """Serves until a signal comes."""
     settings = read_settings()
     engine = await make_engine(settings)
-    config = uvicorn.Config(ReplicaApp(engine, settings), port=int(sys.argv[1]), log_level="warning", loop="uvloop")
+    port = int(sys.argv[1])
+    app = ReplicaApp(engine, settings, f"http://127.0.0.1:{port}")
+    config = uvicorn.Config(app, port=port, log_level="warning", loop="uvloop")
     try:
         await uvicorn.Server(config).serve()
     finally:

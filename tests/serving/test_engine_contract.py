@@ -10,6 +10,7 @@ import httpx
 import orjson
 import pytest
 
+from tests.serving.conftest import MAX_ONGOING
 from tests.serving.wire import Reply, Wire, request
 
 LONG = {"max_tokens": 1500, "ignore_eos": True}
@@ -90,6 +91,78 @@ async def test_reader_who_leaves_before_the_first_token_frees_the_place(wire: Wi
         for post in posts:
             post.cancel()
     await eventually(lambda: _running_is(wire, 0))
+
+
+async def test_aborted_reply_has_ended_in_the_engine_when_the_abort_is_answered(wire: Wire) -> None:
+    async with asyncio.TaskGroup() as group, wire.client() as client:
+        body = request("hello", sampling=LONG)
+        async with client.stream("POST", "/v1/generate", json=body) as response:
+            lines = response.aiter_lines()
+            first = json.loads(await anext(lines))
+            others = [group.create_task(client.post("/v1/generate", json=_long(n))) for n in range(MAX_ONGOING - 1)]
+            await eventually(lambda: _running_is(wire, MAX_ONGOING))
+            door = response.headers["x-onebox-replica"]
+            receipt = (await client.post(f"{door}/v1/abort", json={"request_id": body["request_id"]})).json()
+            assert await wire.running() == MAX_ONGOING - 1
+            rest = [json.loads(line) async for line in lines]
+        ids = [i for line in (first, *rest[:-1]) for i in line["ids"]]
+        assert rest[-1]["error"]["code"] == "conflict"
+        assert receipt["found"] is True
+        assert receipt["freed_ms"] > 0
+        assert receipt["completion_tokens"] == len(ids) >= 1
+        next_one = await client.post("/v1/generate", json=request("more", sampling={"max_tokens": 2}))
+        assert next_one.status_code == 200
+        assert not any(other.done() for other in others)
+        again = await client.post(f"{door}/v1/abort", json={"request_id": body["request_id"]})
+        assert again.json() | {"freed_ms": 0} == {"found": False, "completion_tokens": 0, "freed_ms": 0}
+        for other in others:
+            other.cancel()
+    await eventually(lambda: _running_is(wire, 0))
+
+
+async def test_abort_of_a_waiting_request_frees_its_place(wire: Wire) -> None:
+    async with asyncio.TaskGroup() as group, wire.client() as client:
+        others = [group.create_task(client.post("/v1/generate", json=_long(n))) for n in range(MAX_ONGOING)]
+        await eventually(lambda: _running_is(wire, MAX_ONGOING))
+        body = _long(MAX_ONGOING)
+        waiting = group.create_task(client.post("/v1/generate", json=body))
+        await eventually(lambda: _running_is(wire, MAX_ONGOING + 1))
+        door = (await client.get("/v1/model")).headers["x-onebox-replica"]
+        receipt = (await client.post(f"{door}/v1/abort", json={"request_id": body["request_id"]})).json()
+        assert receipt["found"] is True
+        refused = await waiting
+        assert refused.status_code in (200, 409)  # a scheduler that is quick may have drawn a token
+        assert b"conflict" in refused.content
+        for other in others:
+            other.cancel()
+    await eventually(lambda: _running_is(wire, 0))
+
+
+async def test_door_is_named_by_every_answer_and_asks_for_the_token(wire: Wire) -> None:
+    async with wire.client() as client:
+        answers = [await client.get(path) for path in ("/v1/model", "/healthz", "/readyz", "/metrics", "/nowhere")]
+        answers.append(await client.post("/v1/generate", json=request("hi", sampling={"max_tokens": 1})))
+        (door,) = {answer.headers["x-onebox-replica"] for answer in answers}
+        assert (await client.get(f"{door}/v1/model")).json() == answers[0].json()
+    assert (await _get(f"{door}/v1/model")).status_code == 401
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"structured": {"choice": ["summarize", "translate"]}},
+        {"sampling": {"max_tokens": 100, "stop": ["er"]}},
+        {"sampling": {"max_tokens": 600}},
+    ],
+    ids=["choice", "stop string", "natural end"],
+)
+async def test_resumed_reply_that_was_whole_already_ends_at_once(wire: Wire, fields: dict[str, object]) -> None:
+    whole = await wire.generate("What is 1+1? One word.", **fields)
+    assert whole.end["finish"] == "stop"
+    again = await wire.generate("What is 1+1? One word.", resume_token_ids=whole.ids, **fields)
+    assert (again.text, again.ids) == ("", [])
+    assert again.end["finish"] == "stop"
+    assert again.end["usage"] == whole.end["usage"] | {"completion_tokens": 0}  # type: ignore[operator]  # JSON object
 
 
 async def test_prompt_longer_than_the_context_is_refused_with_both_counts(wire: Wire) -> None:
@@ -206,9 +279,12 @@ async def test_prompt_of_token_ids_is_taken_as_it_is(wire: Wire) -> None:
 
 async def test_reply_is_cut_where_the_context_ends(wire: Wire) -> None:
     prompt = [7] * (wire.context_length - 5)
-    reply = await wire.generate(messages=None, prompt_token_ids=prompt, sampling={"max_tokens": 50, "ignore_eos": True})
+    body = {"messages": None, "prompt_token_ids": prompt, "sampling": {"max_tokens": 50, "ignore_eos": True}}
+    reply = await wire.generate(**body)
     assert reply.end["finish"] == "length"
     assert len(reply.ids) == 5
+    again = await wire.generate(**body, resume_token_ids=reply.ids)
+    assert (again.ids, again.end["finish"]) == ([], "length")
 
 
 async def test_ready_engine_says_so_and_describes_itself(wire: Wire) -> None:
@@ -235,6 +311,10 @@ async def test_streams_side_by_side_do_not_mix(wire: Wire) -> None:
 
 def _words(reply: Reply) -> str:
     return reply.text[:20]
+
+
+def _long(number: int) -> dict[str, object]:
+    return request(f"hello {number}", sampling=LONG)
 
 
 async def _running_is(wire: Wire, count: int) -> bool:
