@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Final, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from agents.conversations import Feedback
 from onebox.errors import BadRequest
@@ -168,6 +168,13 @@ class InputMessage(BaseModel):
         return Message(_ROLES[self.role], text)
 
 
+def _as_items(value: object) -> object:
+    """A text is one user message; as a union with a list its errors would name the wrong one of the two."""
+    if isinstance(value, str):
+        return [{"role": "user", "content": value}] if value else []
+    return value
+
+
 class ConversationReference(BaseModel):
     """A conversation by its id, as OpenAI writes it."""
 
@@ -190,7 +197,7 @@ class ResponseRequest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     model: Text = "auto"
-    input: Text | list[InputMessage] = ""
+    input: Annotated[list[InputMessage], BeforeValidator(_as_items)] = Field(default_factory=list)
     instructions: Text | None = None
     stream: bool | None = False
     background: bool | None = False
@@ -218,8 +225,6 @@ class ResponseRequest(BaseModel):
     @property
     def messages(self) -> tuple[Message, ...]:
         """The input as values."""
-        if isinstance(self.input, str):
-            return (Message("user", self.input),) if self.input else ()
         return tuple(item.value() for item in self.input)
 
     def sampling(self, settings: Settings) -> Sampling:
