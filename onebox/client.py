@@ -327,9 +327,8 @@ class Client:
         headers: Mapping[str, str] | None = None,
         silence_s: float | None = None,
     ) -> AsyncIterator[httpx.Response]:
-        timeout = self._http.timeout
-        if silence_s is not None:
-            timeout = httpx.Timeout(timeout, read=silence_s)
+        usual = self._http.timeout
+        timeout = httpx.Timeout(silence_s or usual.read, connect=usual.connect, pool=None)
         try:
             async with self._http.stream(
                 method, path, json=body, params=query or None, headers=headers, timeout=timeout

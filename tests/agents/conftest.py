@@ -33,6 +33,13 @@ def stack(valkey: EmbeddedStore, tmp_path_factory: pytest.TempPathFactory) -> It
 
 
 @pytest.fixture
+def own_stack(valkey: EmbeddedStore, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """A gateway and an engine of the test's own, which it may stop."""
+    with run_stack(Stack(tmp_path_factory.mktemp("own"), valkey)) as running:
+        yield running
+
+
+@pytest.fixture
 def api(stack: Stack) -> httpx.Client:
     """A client of the session's gateway."""
     return stack.client
