@@ -33,8 +33,8 @@ if ARGV[8] ~= '' then
   if owner[1] then
     if owner[2] ~= ARGV[8] then return {{'mismatch'}} end
     if owner[3] ~= '1' then
-      local run = redis.call('HMGET', ARGV[9] .. owner[1], 'conversation', 'turn')
-      return {{'joined', owner[1], run[1] or '', run[2] or ''}}
+      local run = redis.call('HMGET', ARGV[9] .. owner[1], 'conversation', 'turn', 'created')
+      return {{'joined', owner[1], run[1] or '', run[2] or '', run[3] or '0'}}
     end
     if conversation and mode == 'new' then
       local last = redis.call('LINDEX', KEYS[6], -1)

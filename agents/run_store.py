@@ -76,6 +76,7 @@ class Begun:
     joined: bool
     conversation_id: str | None
     turn_id: str | None
+    created: float
     turns: tuple[Turn, ...] = ()
 
 
@@ -161,13 +162,14 @@ class RunStore:
         outcome = reply[0].decode()
         if outcome == "joined":
             conversation_id, turn_id = reply[2].decode(), reply[3].decode()
-            return Begun(reply[1].decode(), True, conversation_id or None, turn_id or None)
+            created = int(reply[4]) / 1e6
+            return Begun(reply[1].decode(), True, conversation_id or None, turn_id or None, created)
         if outcome != "ok":
             raise _refusal(outcome, request.conversation_id or "", turn)
         if turn is None:
-            return Begun(run_id, False, None, None)
+            return Begun(run_id, False, None, None, now / 1e6)
         turns = assemble(reply[2], reply[3], reply[4], {})
-        return Begun(run_id, False, request.conversation_id, reply[1].decode(), turns)
+        return Begun(run_id, False, request.conversation_id, reply[1].decode(), now / 1e6, turns)
 
     async def undo(self, request: RunRequest) -> None:
         """Take back a `begin` whose answer never came, whether it has happened, will happen late, or never does."""

@@ -53,7 +53,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """A run that is stored. `joined`: somebody else started it, with the same idempotency key."""
+    """A run that is stored since `created`, in seconds since 1970.
+
+    `joined`: somebody else started it, with the same idempotency key. `background`: it goes on when its reader leaves.
+    """
 
     run_id: str
     tenant: str
@@ -61,6 +64,7 @@ class Started:
     background: bool
     conversation_id: str | None
     turn_id: str | None
+    created: float
 
 
 class Runs:
@@ -110,7 +114,7 @@ class Runs:
         """
         if idempotency is not None:
             request = replace(request, idempotency_key=idempotency.key)
-        messages, turn_id = request.messages, None
+        messages, turn_id, created = request.messages, None, time.time()
         conversation_id = request.conversation_id if turn is not None else None
         if self._settings.log_enabled or turn is not None:
             try:
@@ -119,14 +123,16 @@ class Runs:
                 self._spawn(self._undo(request, turn))
                 raise
             if begun.joined:
-                return Started(begun.run_id, request.tenant, True, True, begun.conversation_id, begun.turn_id)
-            turn_id = begun.turn_id
+                place = (begun.conversation_id, begun.turn_id, begun.created)
+                return Started(begun.run_id, request.tenant, True, True, *place)
+            turn_id, created = begun.turn_id, begun.created
             if turn is not None:
                 messages = history(begun.turns)
         tail = Tail(self._settings.reader_buffer_bytes)
         tail.publish([Accepted(request.run_id, conversation_id, turn_id)])
-        self._execute(request, messages, 1, time.time(), Before(), tail)
-        return Started(request.run_id, request.tenant, False, request.background, conversation_id, turn_id)
+        self._execute(request, messages, 1, created, Before(), tail)
+        durable = request.background or request.idempotency_key is not None
+        return Started(request.run_id, request.tenant, False, durable, conversation_id, turn_id, created)
 
     async def attend(self, started: Started) -> AsyncGenerator[tuple[int, Event], None]:
         """All events of a run that was just started. Whoever leaves early stops it, unless others have an interest.

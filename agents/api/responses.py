@@ -25,7 +25,7 @@ from agents.responses_wire import ResponseEncoder, ResponseFields, fields_of
 from agents.run_store import Idempotency, RunRecord, RunRequest, TurnRequest, new_run_id, unknown_run
 from agents.runs import Started
 from onebox.errors import BadRequest, Conflict, OneboxError, from_code
-from onebox.events import Check, Citation, Completed, Failed, Output, Progress, Stopped, TextDelta
+from onebox.events import Accepted, Check, Citation, Completed, Failed, Output, Progress, Stopped, TextDelta
 from onebox.messages import Message, assistant, system
 
 router = APIRouter(route_class=LeanRoute, tags=["responses"])
@@ -50,7 +50,7 @@ async def create(
     if task is not None:
         check_params(gateway.executor.plugins[task], body.onebox.params)
     sampling = body.sampling(gateway.settings)
-    messages = await _messages(gateway, caller, body, raw)
+    messages, fields = await _messages(gateway, caller, body, raw), _fields(body)
     request = RunRequest(
         run_id=new_run_id(),
         tenant=caller.tenant,
@@ -61,16 +61,20 @@ async def create(
         sampling=sampling,
         conversation_id=body.conversation_id,
         background=bool(body.background),
-        extra=_fields(body).to_extra(),
+        extra=fields.to_extra(),
     )
     started = await gateway.runs.start(request, _turn(body, messages), idempotency)
+    encoder = ResponseEncoder(started.run_id, started.created, fields, background=request.background)
     count_error = gateway.metrics.count_error
     if body.stream:
-        pieces = _followed(gateway, started.tenant, started.run_id) if body.background else _attended(gateway, started)
+        pieces = _attended(gateway, started, encoder, hold=not request.background)
         return StreamReply(pieces, count_error, gateway.settings)
-    if body.background:
+    if started.joined and body.background:
         return json_response(await _object(gateway, started.tenant, started.run_id))
-    return JsonReply(lambda: _whole(gateway, started), count_error)
+    if body.background:
+        encoder.note(Accepted(started.run_id, started.conversation_id, started.turn_id))
+        return json_response(encoder.response())
+    return JsonReply(lambda: _whole(gateway, started, encoder), count_error)
 
 
 @router.get("/v1/responses/{run_id}")
@@ -235,29 +239,23 @@ async def _object(gateway: Gateway, tenant: str, run_id: str) -> dict[str, objec
     return encoder.response()
 
 
-async def _whole(gateway: Gateway, started: Started) -> dict[str, object]:
+async def _whole(gateway: Gateway, started: Started, encoder: ResponseEncoder) -> dict[str, object]:
     """The response object at the run's end. Raises the run's error where it has no text at all."""
-    encoder: ResponseEncoder | None = None
     async with aclosing(gateway.runs.attend(started)) as events:
         async for _, event in events:
-            if encoder is None:
-                encoder = _encoder(await gateway.runs.record(started.tenant, started.run_id))
             encoder.note(event)
-    assert encoder is not None, "a log begins with its acceptance"
     if isinstance(encoder.terminal, Failed) and not encoder.text:
         raise refusal_of(encoder.terminal)
     return encoder.response()
 
 
-async def _attended(gateway: Gateway, started: Started) -> AsyncGenerator[bytes, None]:
-    """The events of a run whose reader came with it; those before the first to show wait for that one."""
-    held: list[bytes] | None = []
-    encoder: ResponseEncoder | None = None
-    # The first event is drawn before anything else is awaited: closing a generator that has not begun stops nothing.
+async def _attended(
+    gateway: Gateway, started: Started, encoder: ResponseEncoder, *, hold: bool
+) -> AsyncGenerator[bytes, None]:
+    """The events of a run for whoever asked for it; `hold` keeps those before the first to show until that one."""
+    held: list[bytes] | None = [] if hold else None
     async with aclosing(gateway.runs.attend(started)) as events:
         async for number, event in events:
-            if encoder is None:
-                encoder = _encoder(await gateway.runs.record(started.tenant, started.run_id))
             block = encoder.encode(number, event)
             if held is None:
                 if isinstance(event, Failed):
