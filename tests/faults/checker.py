@@ -131,6 +131,8 @@ def _check_attempt(attempt: Attempt, snapshot: Snapshot, report: Report) -> None
         report.add("I3", where, f"one key, {len(attempt.run_ids)} runs", "duplicates")
     if attempt.forgotten:
         report.add("I1", where, "the gateway no longer knows a run it acknowledged", "lost")
+    if attempt.rejected is not None:
+        report.add("I1", where, f"refused with {attempt.rejected!r}, as if the user were to blame", "wrong refusals")
     if attempt.acknowledged and not attempt.ended:
         report.add("I2", where, f"no end within its time; refusals {Counter(attempt.refusals)}", "hung")
     for run_id in attempt.run_ids:

@@ -1,11 +1,14 @@
 """A small disk that a test can fill: a tmpfs where this process may mount one."""
 
+import errno
 import os
 import subprocess
 from pathlib import Path
 from typing import Self
 
 BALLAST = "ballast"
+PIECE = 256 << 20
+BLOCK = 4096
 
 
 class SmallDisk:
@@ -33,10 +36,17 @@ class SmallDisk:
     def fill(self) -> None:
         """Leave no byte free."""
         assert self.real, "only a disk of its own may be filled"
-        stat = os.statvfs(self.folder)
         descriptor = os.open(self.folder / BALLAST, os.O_CREAT | os.O_RDWR)
+        taken, piece = 0, PIECE
         try:
-            os.posix_fallocate(descriptor, 0, max(1, (stat.f_bavail - 1) * stat.f_frsize))
+            while piece >= BLOCK:
+                try:
+                    os.posix_fallocate(descriptor, taken, piece)
+                    taken += piece
+                except OSError as error:
+                    if error.errno != errno.ENOSPC:
+                        raise
+                    piece //= 2
         finally:
             os.close(descriptor)
 

@@ -44,7 +44,11 @@ class ChatView:
 
 @dataclass(slots=True)
 class Attempt:
-    """A message a user sent. `run_ids` are all the runs that answered to its one idempotency key."""
+    """A message a user sent. `run_ids` are all the runs that answered to its one idempotency key.
+
+    `forgotten`: the gateway told 404 for a run it had acknowledged. `rejected`: the refusal that ended it, which no
+    well-formed message should get.
+    """
 
     user: int
     kind: Kind
@@ -61,6 +65,7 @@ class Attempt:
     cancelled: bool = False
     ended: bool = False
     forgotten: bool = False
+    rejected: str | None = None
     began_at: float = 0.0
     over_at: float = 0.0
 
