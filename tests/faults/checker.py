@@ -127,7 +127,7 @@ def _check_text(run: StoredRun, expected: str | None, report: Report) -> None:
 def _check_attempt(attempt: Attempt, snapshot: Snapshot, report: Report) -> None:
     """I1, I4, I5 as one user saw them."""
     where = f"user {attempt.user} ({attempt.kind}) {sorted(attempt.run_ids)}"
-    if len(attempt.run_ids) > 1 and attempt.key is not None:
+    if attempt.key is not None and len(_kept(attempt.run_ids, snapshot)) > 1:
         report.add("I3", where, f"one key, {len(attempt.run_ids)} runs", "duplicates")
     if attempt.forgotten:
         report.add("I1", where, "the gateway no longer knows a run it acknowledged", "lost")
@@ -135,6 +135,9 @@ def _check_attempt(attempt: Attempt, snapshot: Snapshot, report: Report) -> None
         report.add("I1", where, f"refused with {attempt.rejected!r}, as if the user were to blame", "wrong refusals")
     if attempt.acknowledged and not attempt.ended:
         report.add("I2", where, f"no end within its time; refusals {Counter(attempt.refusals)}", "hung")
+    for chat in attempt.chats:
+        if chat.error is not None and not chat.text:
+            report.add("I5", where, f"a 200 with nothing but the error {chat.error!r}", "wrong refusals")
     for run_id in attempt.run_ids:
         run = snapshot.runs.get(run_id)
         if run is None:
@@ -178,8 +181,6 @@ def chat_problems(chat: ChatView, run: StoredRun) -> Iterator[str]:
         yield f"[DONE] and the run is {run.state!r}, finish {chat.finish!r}"
     if not (chat.text == text if chat.done else text.startswith(chat.text)):
         yield f"chat text differs from the log {_difference(text, chat.text)}"
-    if chat.opened and chat.error is not None and not chat.text and not text:
-        yield f"a 200 whose only content is the error {chat.error!r}, which could have been the status"
 
 
 def _differing_bytes(views: Sequence[View]) -> Iterator[str]:
@@ -198,8 +199,8 @@ def _check_keys(attempts: Sequence[Attempt], snapshot: Snapshot, report: Report)
         if run.key is not None:
             by_key[run.key].add(run.id)
     for key, runs in by_key.items():
-        if len(runs) > 1:
-            report.add("I3", key, f"one key, {len(runs)} stored runs", "duplicates")
+        if len(kept := _kept(runs, snapshot)) > 1:
+            report.add("I3", key, f"one key, {len(kept)} stored runs", "duplicates")
     for attempt in attempts:
         if attempt.key is None or not attempt.acknowledged:
             continue
@@ -208,6 +209,13 @@ def _check_keys(attempts: Sequence[Attempt], snapshot: Snapshot, report: Report)
             report.add("I3", attempt.key, "the key of an acknowledged run is not kept", "lost")
         elif attempt.run_ids and kept not in attempt.run_ids:
             report.add("I3", attempt.key, f"leads to {kept}, users saw {sorted(attempt.run_ids)}", "duplicates")
+
+
+def _kept(runs: Iterable[str], snapshot: Snapshot) -> set[str]:
+    """The runs but for those that failed before they had any text: their key may be used again."""
+    return {
+        name for name in runs if (run := snapshot.runs.get(name)) is None or run.state != "failed" or text_of(run.log)
+    }
 
 
 def _check_conversations(attempts: Sequence[Attempt], snapshot: Snapshot, report: Report) -> None:
@@ -226,7 +234,7 @@ def _check_conversations(attempts: Sequence[Attempt], snapshot: Snapshot, report
             if attempt.acknowledged and attempt.prompt not in stored:
                 report.add("I1", identifier, f"{attempt.prompt[:60]!r} was acknowledged and is not there", "lost")
         order = [attempt.prompt for attempt in messages if attempt.prompt in stored]
-        if order != [prompt for prompt in stored if prompt in order]:
+        if order != [prompt for prompt in dict.fromkeys(stored) if prompt in order]:
             report.add("I8", identifier, "turns are not in the order they were sent", "turns interleaved")
         for turn in turns:
             for variant in turn.variants:

@@ -27,7 +27,8 @@ AWAY: Final = "store_unavailable"
 TERMINAL: Final = frozenset({"response.completed", "response.incomplete", "response.failed"})
 KINDS: Final[Sequence[Kind]] = ("responses", "leaver", "canceller", "task", "chat", "chat_keyed", "chat_leaver")
 WEIGHTS: Final = (34, 22, 10, 10, 8, 10, 6)
-LEAVE_AT: Final = (0, 1, 12, -1)  # -1: the last event
+BEFORE, LAST = -2, -1  # before the first event came; at the last one
+LEAVE_AT: Final = (BEFORE, 0, 1, 12, LAST)
 WORDS: Final = ("river", "lamp", "stone", "paper", "winter", "market", "letter", "garden", "window", "bridge")
 CHINESE: Final = "请写一段关于河流和早晨的话"
 
@@ -231,7 +232,11 @@ class Reader:
             view = View(self._last)
             try:
                 async with self._open() as answer:
-                    if answer.status == 200:
+                    if answer.status == 200 and self._leave_at == BEFORE:
+                        self._leave_at = None
+                        self._front.disconnects += 1
+                        answer.close()
+                    elif answer.status == 200:
                         self._attempt.views.append(view)
                         self._front.open.add(answer)
                         try:
@@ -283,7 +288,7 @@ class Reader:
                 self._run_id = str(orjson.loads(seen.raw)["response"]["id"])
                 self._attempt.run_ids.add(self._run_id)
             terminal = seen.type in TERMINAL
-            if self._leave_at is not None and (seen.number == self._leave_at or (self._leave_at == -1 and terminal)):
+            if self._leave_at is not None and (seen.number == self._leave_at or (self._leave_at == LAST and terminal)):
                 view.ended, self._leave_at = "left", None
                 self._last = seen.number - 1 if terminal else seen.number
                 self._front.disconnects += 1

@@ -11,6 +11,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from hashlib import sha1
 from typing import Literal, Self
 
 from onebox.sockets import free_port
@@ -40,8 +41,10 @@ class Command:
 
     @property
     def script(self) -> str | None:
-        """The SHA-1 of the Lua script it runs, if it runs one by its hash."""
-        return self.arguments[1].decode() if self.verb in {"EVALSHA", "EVALSHA_RO"} else None
+        """The SHA-1 of the Lua script it runs, if it runs one."""
+        if self.verb == "EVALSHA":
+            return self.arguments[1].decode()
+        return sha1(self.arguments[1]).hexdigest() if self.verb == "EVAL" else None
 
     @property
     def text(self) -> str:
