@@ -110,11 +110,17 @@ class Stack:
             self.folder / "engine.log",
             lambda: self.engine_client.get("/readyz").status_code == 200,
         )
-        self.gateway = Child(
+        self._environment = environment
+        self.gateway = self.worker(self.api_port)
+
+    def worker(self, port: int) -> Child:
+        """A gateway worker of this store and engine that listens at `port`."""
+        url = f"http://127.0.0.1:{port}"
+        return Child(
             (sys.executable, "-m", "agents"),
-            environment,
-            self.folder / "gateway.log",
-            lambda: self.client.get("/healthz").status_code == 200,
+            self._environment | {"ONEBOX_API_PORT": str(port)},
+            self.folder / f"gateway-{port}.log",
+            lambda: httpx.get(f"{url}/healthz", timeout=5.0).status_code == 200,
         )
 
     def engine_running(self) -> int:
