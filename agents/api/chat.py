@@ -12,17 +12,18 @@ from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
 from agents.api.idempotency import idempotency_of
-from agents.api.replies import JsonReply, StreamReply
+from agents.api.models import resolve_model
+from agents.api.replies import JsonReply, StreamReply, error_of
 from agents.api.route import LeanRoute
 from agents.api.schemas import ChatRequest, read_messages
 from agents.context import Meter
 from agents.conversations import Mode
-from agents.execution import AUTO, check_params
+from agents.execution import check_params
 from agents.gateway import Gateway, gateway_of, principal_of
 from agents.keys import Principal
 from agents.runs import Idempotency, RunRequest, Runs, Started, TurnRequest, new_run_id
 from agents.wire import DONE, ChunkEncoder, error_line, onebox_object, token_logprob, usage_object
-from onebox.errors import OneboxError, UnknownModel, from_code
+from onebox.errors import OneboxError
 from onebox.events import (
     Accepted,
     Completed,
@@ -59,7 +60,7 @@ async def complete(
 ) -> Response:
     """Answer the last message, streamed or whole."""
     sampling = body.sampling(gateway.settings, (body.top_logprobs or 0) if body.logprobs else None)
-    task, raw = await _resolve(gateway, body.model)
+    task, raw = await resolve_model(gateway, body.model)
     if task is not None:
         check_params(gateway.executor.plugins[task], body.onebox.params)
     messages: tuple[Message, ...] = ()
@@ -85,19 +86,6 @@ async def complete(
         chunks = _chunks(gateway.runs, started, body, count_error=count_error)
         return StreamReply(chunks, count_error, gateway.settings)
     return JsonReply(lambda: _one(gateway.runs, started, body), count_error)
-
-
-async def _resolve(gateway: Gateway, model: str) -> tuple[str | None, bool]:
-    """The pinned task, if any, and whether the engine is asked without a plugin."""
-    if model == AUTO:
-        return None, False
-    if model in gateway.executor.plugins:
-        return model, False
-    card = await gateway.engine.card()
-    if model == card.id:
-        return None, True
-    known = ", ".join(repr(name) for name in (AUTO, *gateway.executor.plugins, card.id))
-    raise UnknownModel(f"Model {model!r} does not exist here; known: {known}. Choose one of these.", param="model")
 
 
 def _turn(body: ChatRequest, messages: tuple[Message, ...]) -> TurnRequest | None:
@@ -235,13 +223,6 @@ def _completion(
         "usage": usage_object(usage),
         "onebox": orjson.Fragment(onebox),
     }
-
-
-def error_of(failed: Failed) -> OneboxError:
-    """The error that ended a run."""
-    error = from_code(failed.code, failed.message, retry_after_s=failed.retry_after_s)
-    error.param = failed.param
-    return error
 
 
 def _first(errors: BaseExceptionGroup[OneboxError]) -> OneboxError:

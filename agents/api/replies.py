@@ -17,7 +17,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from agents.wire import error_line, error_object
-from onebox.errors import Internal, OneboxError
+from onebox.errors import Internal, OneboxError, from_code
+from onebox.events import Failed
 from onebox.settings import Settings
 
 # A comment without the blank line that ends an event: OpenAI's client takes `: ping` and a blank line, once it has seen
@@ -40,6 +41,13 @@ def error_response(error: OneboxError) -> Response:
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     return Response(orjson.dumps(error_object(error)), error.status, headers, "application/json")
+
+
+def error_of(failed: Failed) -> OneboxError:
+    """The error that ended a run."""
+    error = from_code(failed.code, failed.message, retry_after_s=failed.retry_after_s)
+    error.param = failed.param
+    return error
 
 
 class WatchedReply(Response):

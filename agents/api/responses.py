@@ -14,7 +14,7 @@ from starlette.responses import Response
 
 from agents.api.idempotency import idempotency_of
 from agents.api.models import resolve_model
-from agents.api.replies import JsonReply, StreamReply, json_response
+from agents.api.replies import JsonReply, StreamReply, error_of, json_response
 from agents.api.route import LeanRoute
 from agents.api.schemas import ResponseRequest, check_messages
 from agents.conversations import Mode
@@ -24,7 +24,7 @@ from agents.keys import Principal
 from agents.responses_wire import ResponseEncoder, ResponseFields, fields_of
 from agents.run_store import Idempotency, RunRecord, RunRequest, TurnRequest, new_run_id, unknown_run
 from agents.runs import Started
-from onebox.errors import BadRequest, Conflict, OneboxError, from_code
+from onebox.errors import BadRequest, Conflict
 from onebox.events import Accepted, Check, Citation, Completed, Failed, Output, Progress, Stopped, TextDelta
 from onebox.messages import Message, assistant, system
 
@@ -149,13 +149,6 @@ def check_run_id(run_id: str) -> None:
         raise unknown_run(run_id)
 
 
-def refusal_of(failed: Failed) -> OneboxError:
-    """The error of a run that ended before it had anything to show."""
-    error = from_code(failed.code, failed.message, retry_after_s=failed.retry_after_s)
-    error.param = failed.param
-    return error
-
-
 async def _messages(gateway: Gateway, caller: Principal, body: ResponseRequest, raw: bool) -> tuple[Message, ...]:
     """What the run answers; of a conversation the new message alone, as the rest is stored."""
     if body.conversation_id is not None:
@@ -245,7 +238,7 @@ async def _whole(gateway: Gateway, started: Started, encoder: ResponseEncoder) -
         async for _, event in events:
             encoder.note(event)
     if isinstance(encoder.terminal, Failed) and not encoder.text:
-        raise refusal_of(encoder.terminal)
+        raise error_of(encoder.terminal)
     return encoder.response()
 
 
@@ -262,7 +255,7 @@ async def _attended(
                     gateway.metrics.count_error(event.code)
                 yield block
             elif isinstance(event, Failed):
-                raise refusal_of(event)
+                raise error_of(event)
             elif isinstance(event, _SHOWN):
                 yield b"".join((*held, block))
                 held = None

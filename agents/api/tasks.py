@@ -8,9 +8,9 @@ import orjson
 from fastapi import APIRouter, Depends
 from starlette.responses import Response
 
-from agents.api.chat import NO_USAGE, error_of
+from agents.api.chat import NO_USAGE
 from agents.api.idempotency import idempotency_of
-from agents.api.replies import JsonReply, StreamReply, json_response
+from agents.api.replies import JsonReply, StreamReply, error_of, json_response
 from agents.api.route import LeanRoute
 from agents.api.schemas import RouteRequest, TaskRequest, read_messages
 from agents.context import Meter
