@@ -1,10 +1,21 @@
-"""`make bench [ARGS="path routing start page convert"]`: run benchmarks and write docs/benchmarks.md."""
+"""`make bench [ARGS="path stop …"]`: run benchmarks and write docs/benchmarks.md."""
 
 import asyncio
 import importlib
 import sys
 
-BENCHMARKS = {"path": "path", "routing": "routing", "start": "start", "page": "ui_streams", "convert": "convert"}
+BENCHMARKS = {
+    "path": "path",
+    "routing": "routing",
+    "start": "start",
+    "page": "ui_streams",
+    "convert": "convert",
+    "durability": "durability",
+    "stop": "stopping",
+    "overload": "overload",
+    "slow": "slow_readers",
+    "blackhole": "black_hole",
+}
 
 
 def main() -> None:

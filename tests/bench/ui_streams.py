@@ -154,7 +154,7 @@ def _page(port: int) -> Stream:
                 pass
         started = time.monotonic()
         first_s, updates = 0.0, 0
-        async for line in call(opened[visitor], "on_send", ["", "en", None, MESSAGE.format(number=number), "auto"]):
+        async for line in call(opened[visitor], "on_send", ["", "en", None, MESSAGE.format(number=number), "auto", ""]):
             if b'"process_generating"' in line:
                 updates += 1
                 if REPLY_TEXT.search(line):

@@ -1,0 +1,137 @@
+"""Stop: how long until the last token and until the engine's slot is free, and whether anything leaks.
+
+64 replies run at once on two scripted replicas behind Ray Serve; each is cancelled at a random place. Then a thousand
+replies are left or cancelled at random, and the engines are asked what they still work on.
+"""
+
+import asyncio
+import os
+import random
+import tempfile
+import time
+from contextlib import aclosing
+from pathlib import Path
+
+import aiohttp
+
+from onebox.client import Client
+from onebox.events import Stopped, TextDelta
+from onebox.messages import user
+from onebox.sockets import free_port
+from tests.bench import report
+from tests.bench.percentiles import ms, percentile
+from tests.product import KEY, product
+
+STREAMS = 64
+ROUNDS = 5
+ABORTS = 1000
+SETTLE_S = 5.0
+TOKEN = "bench-token"
+ENV = {"ONEBOX_ENGINE": "scripted", "ONEBOX_ENGINE_REPLICAS": "2", "ONEBOX_INTERNAL_TOKEN": TOKEN}
+
+
+async def main() -> None:
+    """Run it and write the section `stop`."""
+    seed = int(os.environ.get("SEED", "7"))
+    chance = random.Random(seed)
+    port = free_port()
+    env = ENV | {"ONEBOX_ENGINE_PORT": str(port)}
+    with tempfile.TemporaryDirectory(prefix="ob-") as folder, product(Path(folder), env) as ours:
+        async with Client(ours.api_url, KEY) as client:
+            await asyncio.gather(*[_stop(client, chance, index) for index in range(8)])
+            stops: list[tuple[float, Stopped]] = []
+            for _ in range(ROUNDS):
+                stops += await asyncio.gather(*[_stop(client, chance, index) for index in range(STREAMS)])
+            kinds = await _abort_many(client, chance)
+            left = await _left(port)
+    last = [seconds for seconds, _ in stops]
+    freed = [(receipt.slot_freed_ms or 0.0) / 1000 for _, receipt in stops]
+    without = sum(receipt.slot_freed_ms is None for _, receipt in stops)
+    rows = [
+        ("last token after the stop was sent", ms(percentile(last, 0.5)), ms(percentile(last, 0.99)), "100 ms p99"),
+        (
+            "engine slot free (engine's own count)",
+            ms(percentile(freed, 0.5)),
+            ms(percentile(freed, 0.99)),
+            "250 ms p99",
+        ),
+    ]
+    text = report.table(("", "p50", "p99", "goal"), rows)
+    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    note = (
+        f"{len(stops)} stops at {STREAMS} streams, seed {seed}; {without} receipts without a slot time. "
+        f"{ABORTS} random aborts ({kinds['left']} readers left, {kinds['stopped']} stopped): **{left} requests left in "
+        f"the engines** (goal 0). Load average after: {load}."
+    )
+    report.write_section("stop", "Stopping", f"{note}\n\n{text}")
+
+
+async def _stop(client: Client, chance: random.Random, index: int) -> tuple[float, Stopped]:
+    """Seconds from sending the stop to the last text, and the receipt."""
+    run = await client.start([user(f"Write on and on, number {index}")], model="chat", max_tokens=4000)
+    stop_at = chance.uniform(0.2, 1.0)
+    sent = last = 0.0
+    cancelling: asyncio.Task[object] | None = None
+    began = time.perf_counter()
+    receipt: Stopped | None = None
+    async with aclosing(client.follow(run.run_id)) as events:
+        async for _, event in events:
+            now = time.perf_counter()
+            if isinstance(event, TextDelta):
+                last = now
+                if cancelling is None and now - began > stop_at:
+                    sent = time.perf_counter()
+                    cancelling = asyncio.create_task(client.cancel(run.run_id))
+            elif isinstance(event, Stopped):
+                receipt = event
+    if cancelling is None or receipt is None:
+        raise RuntimeError(f"run {run.run_id} ended before it was stopped")
+    await cancelling
+    return max(0.0, last - sent), receipt
+
+
+async def _abort_many(client: Client, chance: random.Random) -> dict[str, int]:
+    kinds = {"left": 0, "stopped": 0}
+    waiting = list(range(ABORTS))
+
+    async def user_of_many() -> None:
+        while waiting:
+            index = waiting.pop()
+            if chance.random() < 0.5:
+                kinds["left"] += 1
+                await _leave(client, chance, index)
+            else:
+                kinds["stopped"] += 1
+                run = await client.start([user(f"Say it, number {index}")], model="chat", max_tokens=4000)
+                await asyncio.sleep(chance.uniform(0.0, 0.4))
+                await client.cancel(run.run_id)
+
+    await asyncio.gather(*[user_of_many() for _ in range(32)])
+    return kinds
+
+
+async def _leave(client: Client, chance: random.Random, index: int) -> None:
+    """Read some of a reply and close the connection."""
+    most = chance.randrange(1, 30)
+    seen = 0
+    async with aclosing(client.stream([user(f"Leave it, number {index}")], model="chat", max_tokens=4000)) as events:
+        async for _ in events:
+            seen += 1
+            if seen == most:
+                break
+
+
+async def _left(port: int) -> int:
+    """Requests that the engines still count once that has settled; the most any of them answers."""
+    deadline = time.monotonic() + SETTLE_S
+    headers = {"authorization": f"Bearer {TOKEN}"}
+    while True:
+        left = 0
+        for _ in range(16):  # each answer is one replica's
+            async with aiohttp.request("GET", f"http://127.0.0.1:{port}/metrics", headers=headers) as response:
+                lines = (await response.text()).splitlines()
+            row = next(line for line in lines if line.startswith("onebox_engine_running "))
+            left = max(left, int(float(row.rsplit(" ", 1)[1])))
+        if not left or time.monotonic() > deadline:
+            return left
+        await asyncio.sleep(0.2)
