@@ -401,3 +401,22 @@ def test_encoded_events_are_what_the_log_keeps(api: httpx.Client) -> None:
     found = events(log(api, begin(api)))
     assert [decode(encode(event)) for event in found] == found
     assert not [event for event in found if isinstance(event, Failed)]
+
+
+def test_chat_and_task_runs_are_responses_too(api: httpx.Client) -> None:
+    ask = [{"role": "user", "content": ASK}]
+    chat = api.post("/v1/chat/completions", json={"model": "write", "messages": ask, "max_tokens": 8}).json()
+    task = api.post("/v1/tasks/write", json={"text": ASK, "max_tokens": 8}).json()
+    for run_id, text in ((chat["id"], chat["choices"][0]["message"]["content"]), (task["run_id"], task["text"])):
+        response = Response.model_validate(api.get(f"{PATH}/{run_id}").json())
+        assert (response.model, response.status, response.output_text) == ("write", "incomplete", text)
+        assert text_of(events(log(api, run_id))) == text
+
+
+def test_idempotency_key_belongs_to_one_route(api: httpx.Client) -> None:
+    headers = {"idempotency-key": "routes"}
+    body = {"model": "chat", "messages": [{"role": "user", "content": ASK}], "max_tokens": 8}
+    first = api.post("/v1/chat/completions", json=body, headers=headers).json()
+    again = api.post("/v1/chat/completions", json=body, headers=headers).json()
+    assert (again["id"], again["choices"]) == (first["id"], first["choices"])
+    assert post(api, headers).status_code == 422
