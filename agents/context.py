@@ -15,7 +15,8 @@ from random import Random
 from typing import Any, Final
 
 from agents.encoder import Encoder
-from agents.engine import Card, End, EngineClient, Frame, Generation
+from agents.engine import Card, EngineClient
+from agents.generation import End, Frame, Generation
 from agents.journal import Entry, Journal
 from agents.store import Store
 from onebox.errors import BadRequest, EngineFailed, OneboxError, from_code

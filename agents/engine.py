@@ -10,20 +10,19 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Literal, Self, TypeVar
+from typing import Final, Literal, Self, TypeVar
 
 import aiohttp
 import orjson
 
 from agents.fleet import LOADING_RETRY_S, Fleet
-from onebox.errors import EngineFailed, ModelLoading, OneboxError, Overloaded, Timeout, Unavailable, from_code
-from onebox.events import Alternative, FinishReason, Token
+from agents.generation import End, Frame, Generation, decode, encode
+from onebox.errors import EngineFailed, ModelLoading, OneboxError, Overloaded, Timeout, Unavailable
 from onebox.messages import Message
-from onebox.plugin import Sampling
 from onebox.settings import Settings
 
 RETRY_PAUSES_S: Final = (0.05, 0.25)
@@ -36,52 +35,11 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Frame:
-    """The next piece of a reply. `tokens` only where log-probabilities were asked for."""
-
-    text: str
-    ids: tuple[int, ...]
-    tokens: tuple[Token, ...] = ()
-
-    @property
-    def count(self) -> int:
-        """How many tokens it has."""
-        return len(self.ids)
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """The reply is whole. `completion_tokens` counts all of it, on however many replicas it was drawn."""
-
-    finish: FinishReason
-    prompt_tokens: int
-    completion_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
 class Card:
     """What the fleet serves. Lengths in tokens."""
 
     id: str
     context_length: int
-
-
-@dataclass(frozen=True, slots=True)
-class Generation:
-    """One engine call. `choice` constrains the reply to one of these texts.
-
-    `resume` has the tokens of the reply that are drawn already; they count towards `max_tokens`, and the frames begin
-    after them.
-    """
-
-    request_id: str
-    messages: Sequence[Message]
-    sampling: Sampling
-    max_tokens: int
-    choice: Sequence[str] | None = None
-    cache_salt: str | None = None
-    session: str | None = None
-    resume: Sequence[int] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +94,7 @@ class _Course:
         """The request for what follows."""
         self.attempts += 1
         self.resumed = len(self.ids)
-        return _generate_body(self.call, self.ids, self.wire_id)
+        return encode(self.call, self.ids, self.wire_id)
 
     def heed(self) -> None:
         """Raises `_Stopped` once the call is aborted."""
@@ -439,60 +397,13 @@ class EngineClient:
             await asyncio.sleep(self._settings.engine_probe_after_s)
 
 
-def _generate_body(call: Generation, ids: Sequence[int], wire_id: str) -> bytes:
-    """The request for what follows `ids`."""
-    sampling: dict[str, object] = {"max_tokens": call.max_tokens - len(ids)}
-    drawn = call.sampling
-    if drawn.temperature is not None:
-        sampling["temperature"] = drawn.temperature
-    if drawn.top_p is not None:
-        sampling["top_p"] = drawn.top_p
-    if drawn.seed is not None:
-        sampling["seed"] = drawn.seed
-    if drawn.stop:
-        sampling["stop"] = drawn.stop
-    if drawn.top_logprobs is not None:
-        sampling["top_logprobs"] = drawn.top_logprobs
-    body: dict[str, object] = {
-        "request_id": wire_id,
-        "messages": [{"role": message.role, "content": message.text} for message in call.messages],
-        "sampling": sampling,
-    }
-    if ids:
-        body["resume_token_ids"] = ids
-    if call.choice is not None:
-        body["structured"] = {"choice": list(call.choice)}
-    if call.cache_salt is not None:
-        body["cache_salt"] = call.cache_salt
-    if call.session is not None:
-        body["session"] = call.session
-    return orjson.dumps(body)
-
-
 def _decode(line: bytes) -> Frame | End:
     try:
-        item = orjson.loads(line)
-        if "text" in item:
-            tokens = item.get("tokens")
-            return Frame(item["text"], tuple(item["ids"]), tuple(map(_token, tokens)) if tokens else ())
-        if "finish" in item:
-            usage = item["usage"]
-            return End(item["finish"], usage["prompt_tokens"], usage["completion_tokens"])
-        error = item["error"]
-        code, message = str(error["code"]), str(error["message"])
-    except (orjson.JSONDecodeError, KeyError, TypeError) as fault:
-        raise _Lost(
-            "cut", EngineFailed("The engine sent a frame that is not of this wire's version. Update both sides.")
-        ) from fault
-    told = from_code(code, message)
-    if told.retryable:
-        raise _Lost("cut", told)
-    raise told
-
-
-def _token(item: Mapping[str, Any]) -> Token:
-    top = tuple(Alternative(rival["text"], rival["id"], rival["logprob"]) for rival in item.get("top", ()))
-    return Token(item["text"], item["id"], item["logprob"], top)
+        return decode(line)
+    except OneboxError as error:
+        if error.retryable:
+            raise _Lost("cut", error) from error
+        raise
 
 
 async def _read_to_end(response: aiohttp.ClientResponse) -> bool:

@@ -14,7 +14,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from agents.engine import End, EngineClient, Frame, Generation, Receipt
+from agents.engine import EngineClient, Receipt
+from agents.generation import End, Frame, Generation
 from onebox.errors import EngineFailed, Overloaded
 from onebox.messages import Message
 from onebox.plugin import Sampling

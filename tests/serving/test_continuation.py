@@ -6,7 +6,8 @@ from contextlib import aclosing
 import httpx
 import pytest
 
-from agents.engine import End, EngineClient, Frame, Generation
+from agents.engine import EngineClient
+from agents.generation import End, Frame, Generation
 from onebox.messages import Message
 from onebox.plugin import Sampling
 from onebox.settings import read_settings

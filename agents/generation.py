@@ -1,0 +1,112 @@
+"""One engine call as the wire has it: the request, and the frames and the end of its reply.
+
+`agents.engine` sends and receives them; the replica's side is `serving.protocol`.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+
+from onebox.errors import EngineFailed, from_code
+from onebox.events import Alternative, FinishReason, Token
+from onebox.messages import Message
+from onebox.plugin import Sampling
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """One engine call. `choice` constrains the reply to one of these texts.
+
+    `resume` has the tokens of the reply that are drawn already; they count towards `max_tokens`, and the frames begin
+    after them.
+    """
+
+    request_id: str
+    messages: Sequence[Message]
+    sampling: Sampling
+    max_tokens: int
+    choice: Sequence[str] | None = None
+    cache_salt: str | None = None
+    session: str | None = None
+    resume: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """The next piece of a reply. `tokens` only where log-probabilities were asked for."""
+
+    text: str
+    ids: tuple[int, ...]
+    tokens: tuple[Token, ...] = ()
+
+    @property
+    def count(self) -> int:
+        """How many tokens it has."""
+        return len(self.ids)
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """The reply is whole. `completion_tokens` counts all of it, on however many replicas it was drawn."""
+
+    finish: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+
+
+def encode(call: Generation, ids: Sequence[int], wire_id: str) -> bytes:
+    """The request for what follows `ids`, as the body of `POST /v1/generate`."""
+    sampling: dict[str, object] = {"max_tokens": call.max_tokens - len(ids)}
+    drawn = call.sampling
+    if drawn.temperature is not None:
+        sampling["temperature"] = drawn.temperature
+    if drawn.top_p is not None:
+        sampling["top_p"] = drawn.top_p
+    if drawn.seed is not None:
+        sampling["seed"] = drawn.seed
+    if drawn.stop:
+        sampling["stop"] = drawn.stop
+    if drawn.top_logprobs is not None:
+        sampling["top_logprobs"] = drawn.top_logprobs
+    body: dict[str, object] = {
+        "request_id": wire_id,
+        "messages": [{"role": message.role, "content": message.text} for message in call.messages],
+        "sampling": sampling,
+    }
+    if ids:
+        body["resume_token_ids"] = ids
+    if call.choice is not None:
+        body["structured"] = {"choice": list(call.choice)}
+    if call.cache_salt is not None:
+        body["cache_salt"] = call.cache_salt
+    if call.session is not None:
+        body["session"] = call.session
+    return orjson.dumps(body)
+
+
+def decode(line: bytes) -> Frame | End:
+    """What a line of the reply holds.
+
+    Raises:
+        OneboxError: the error it holds, or `EngineFailed` where it is none of these.
+    """
+    try:
+        item = orjson.loads(line)
+        if "text" in item:
+            tokens = item.get("tokens")
+            return Frame(item["text"], tuple(item["ids"]), tuple(map(_token, tokens)) if tokens else ())
+        if "finish" in item:
+            usage = item["usage"]
+            return End(item["finish"], usage["prompt_tokens"], usage["completion_tokens"])
+        error = item["error"]
+        code, message = str(error["code"]), str(error["message"])
+    except (orjson.JSONDecodeError, KeyError, TypeError) as fault:
+        raise EngineFailed("The engine sent a frame that is not of this wire's version. Update both sides.") from fault
+    raise from_code(code, message)
+
+
+def _token(item: Mapping[str, Any]) -> Token:
+    top = tuple(Alternative(rival["text"], rival["id"], rival["logprob"]) for rival in item.get("top", ()))
+    return Token(item["text"], item["id"], item["logprob"], top)
