@@ -7,6 +7,7 @@ Used by `deploy.fleet` and, through `build_app`, by `serve deploy deploy/serve.y
 import importlib.metadata
 import logging
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import ray
 from ray import serve
@@ -39,7 +40,7 @@ class EngineReplica:
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Loads the engine; Serve routes requests to the replica once this returns."""
         self._engine = await _start_engine(self._settings)
-        self._door = Door(ray.util.get_node_ip_address())
+        self._door = Door(_door_host(self._settings))
         app = ReplicaApp(self._engine, self._settings, self._door.url)
         await app.measure()
         self._door.open(app)
@@ -63,6 +64,14 @@ async def _start_engine(settings: Settings) -> "Engine":
     from serving.vllm_engine import VllmEngine  # heavy: only where it is wanted
 
     return await VllmEngine.start(settings)
+
+
+def _door_host(settings: Settings) -> str:
+    """This machine's loopback where the fleet and its gateways are on one machine, else the node's address."""
+    host = urlsplit(settings.engine_url).hostname
+    if host in {"127.0.0.1", "localhost"} and len(ray.nodes()) == 1:
+        return "127.0.0.1"
+    return str(ray.util.get_node_ip_address())
 
 
 def build(settings: Settings) -> Application:
