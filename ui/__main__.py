@@ -21,7 +21,7 @@ from onebox.settings import Settings, read_settings
 from onebox.sockets import check_bind, listen
 from ui.chat import Chat
 from ui.page import ASSETS, Page
-from ui.stream import Pace, Stops
+from ui.stream import Pace, Seats
 
 MAX_STREAMS = 512
 
@@ -30,9 +30,7 @@ def build_app(settings: Settings, pace: Pace) -> FastAPI:
     """The page's ASGI app, whose streams update at `pace`."""
     key = settings.ui_key or settings.admin_key
     client = Client(settings.gateway_url, key.get_secret_value() if key else "", connect_timeout_s=2.0)
-    stops = Stops()
-    page = Page(client, Chat(client, pace, stops), stops.stop)
-    blocks = page.blocks
+    blocks = Page(client, Chat(client, pace, Seats())).blocks
     blocks.max_threads = MAX_STREAMS
     blocks.queue(status_update_rate=5, api_open=False, max_size=MAX_STREAMS, default_concurrency_limit=None)
     _quieten(blocks)

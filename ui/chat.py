@@ -1,137 +1,149 @@
 """One exchange as the page shows it: ask, wait while the model loads, follow the reply, keep what was written.
 
+A reply is a run of the gateway's: who leaves it leaves it running, who comes back follows it from its first event.
 Yields views (`Update`) and knows neither Gradio nor HTML; `ui.page` draws them.
 """
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from dataclasses import dataclass, field, replace
+from uuid import uuid4
 
 from onebox.client import Client
-from onebox.errors import OneboxError, Unavailable
-from onebox.events import Accepted, Check, Completed, Event, Failed, Progress, Routed, Stopped, TextDelta, Usage
+from onebox.errors import EngineFailed, OneboxError, Timeout, Unavailable
+from onebox.events import Event
 from onebox.messages import user
 from onebox.records import Conversation, Problem, Turn, Variant
-from ui.stream import Pace, Stops, coalesce
+from ui.reply import PENDING, Growing, Update, running_variant
+from ui.stream import Pace, Seat, Seats, coalesce
 
-PENDING = "pending"
 TITLE_CHARACTERS = 60
+
+
+def _new_key() -> str:
+    return uuid4().hex
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What the visitor wants. `edit` is the id of a turn to replace; `regenerate` re-answers the last turn."""
+    """What the visitor wants. `edit` is the id of a turn to replace; `regenerate` re-answers the last turn.
+
+    However often it is sent under one `key`, it is answered once.
+    """
 
     conversation: str | None
     text: str = ""
     model: str = "auto"
     regenerate: bool = False
     edit: str | None = None
+    key: str = field(default_factory=_new_key)
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
-    """The page's new state. `conversation` None: leave what is shown. `waiting_s`: seconds spent on a model that
-    is loading. `unsent`: the message went nowhere and belongs back in the box."""
+class _NotReadyError(Exception):
+    """The run of an ask ended before its first word because something was not there; `again` is what to ask next."""
 
-    conversation: Conversation | None
-    running: bool
-    progress: Progress | None = None
-    checks: tuple[Check, ...] = ()
-    waiting_s: int | None = None
-    problem: Problem | None = None
-    unsent: bool = False
-    cut: bool = False
-
-
-@dataclass(slots=True)
-class _Reply:
-    """The reply as it grows; its text is joined once per update."""
-
-    pieces: list[str] = field(default_factory=list)
-    variant: Variant = field(default_factory=lambda: Variant(PENDING, "", state="running"))
-    progress: Progress | None = None
-    checks: tuple[Check, ...] = ()
-    cut: bool = False
-
-    def take(self, events: Sequence[Event]) -> None:
-        for event in events:
-            match event:
-                case TextDelta(text=text):
-                    self.pieces.append(text)
-                    self.progress = None
-                case Accepted(run_id=run_id):
-                    self.variant = replace(self.variant, run_id=run_id)
-                case Routed():
-                    self.variant = replace(self.variant, route=event, task=event.task)
-                case Progress():
-                    self.progress = event
-                case Check():
-                    self.checks += (event,)
-                case Usage():
-                    self.variant = replace(self.variant, usage=event)
-                case Completed(finish=finish):
-                    self.variant = replace(self.variant, state="completed")
-                    self.cut = finish == "length"
-                case Stopped():
-                    self.variant = replace(self.variant, state="stopped")
-                case Failed(code=code, message=message):
-                    self.variant = replace(self.variant, state="failed", error=Problem(code, message))
-                case _:
-                    pass
-        self.variant = replace(self.variant, text="".join(self.pieces))
+    def __init__(self, again: Ask, cause: Unavailable) -> None:
+        super().__init__(cause.message)
+        self.again = again
+        self.cause = cause
 
 
 class Chat:
     """Exchanges of all sessions of one page process."""
 
     def __init__(
-        self, client: Client, pace: Pace, stops: Stops, *, poll_s: float = 1.0, wait_limit_s: float = 600.0
+        self, client: Client, pace: Pace, seats: Seats, *, poll_s: float = 1.0, wait_limit_s: float = 600.0
     ) -> None:
         self._client = client
         self._pace = pace
-        self._stops = stops
+        self._seats = seats
         self._poll_s = poll_s
         self._wait_limit_s = wait_limit_s
 
     async def answer(self, session: str, ask: Ask) -> AsyncGenerator[Update, None]:
-        """Views of the exchange, the last one with `running` False. Closing it stops the engine."""
+        """Views of the exchange, the last one with `running` False; none of that kind if the session left it.
+
+        Closing it leaves the reply running.
+        """
         waited_from: float | None = None
-        with self._stops.running(session) as stop:
+        with self._seats.take(session) as seat:
             while True:
                 base: Conversation | None = None
+                error: OneboxError
                 try:
-                    base, turn, ask = await self._prepare(ask, again=waited_from is not None)
-                    async with aclosing(self._follow(session, ask, base, turn, stop)) as updates:
+                    base, turn, ask = await self._prepare(ask)
+                    async with aclosing(self._exchange(ask, base, turn, seat)) as updates:
                         async for update in updates:
                             yield update
                     return
-                except OneboxError as error:
-                    waited_from = waited_from or time.monotonic()
-                    if not isinstance(error, Unavailable) or time.monotonic() - waited_from > self._wait_limit_s:
-                        yield self._refused(ask, base, error)
+                except _NotReadyError as failed:
+                    ask, error = failed.again, failed.cause
+                except OneboxError as met:
+                    if not isinstance(met, EngineFailed | Timeout | Unavailable):
+                        yield self._refused(ask, base, met)
                         return
-                async with aclosing(self._wait(ask, base, waited_from, stop)) as waits:
+                    error = met
+                waited_from = waited_from or time.monotonic()
+                if time.monotonic() - waited_from > self._wait_limit_s:
+                    yield self._refused(ask, base, error)
+                    return
+                async with aclosing(self._wait(ask, base, waited_from, seat)) as waits:
                     async for update in waits:
                         yield update
-                if stop.is_set():
-                    if self._stops.is_current(session, stop):
+                if seat.interrupted.is_set():
+                    if not seat.left.is_set():
                         yield Update(base, running=False, unsent=not ask.regenerate)
                     return
 
-    async def _prepare(self, ask: Ask, *, again: bool) -> tuple[Conversation, Turn, Ask]:
+    async def watch(self, session: str, conversation: str) -> AsyncGenerator[Update, None]:
+        """Views of the reply that is being written in a conversation, as of `answer`, from what it has so far."""
+        with self._seats.take(session) as seat:
+            try:
+                stored = await self._client.conversation(conversation)
+            except OneboxError as error:
+                yield Update(None, running=False, problem=Problem(error.code, error.message))
+                return
+            running = running_variant(stored)
+            if running is None:
+                yield Update(stored, running=False)
+                return
+            *before, turn = stored.turns
+            base = replace(stored, turns=tuple(before))
+            seat.run_id = running.run_id
+            reply = Growing()
+            async with aclosing(self._follow(running.run_id, reply, seat)) as grown:
+                async for _ in grown:
+                    if len(reply.variant.text) >= len(running.text):
+                        yield reply.update(base, turn)
+            if not seat.left.is_set():
+                yield await self._settled(reply.update(base, turn), reply.variant)
+
+    def leave(self, session: str) -> None:
+        """End the session's stream; the reply goes on."""
+        self._seats.leave(session)
+
+    async def stop(self, session: str, conversation: str | None) -> None:
+        """End the reply of the session's stream, or where none runs here, the one of the conversation."""
+        seat = self._seats.of(session)
+        run_id: str | None = None
+        if seat is not None:
+            seat.stop()
+            run_id = seat.run_id
+        elif conversation:
+            running = running_variant(await self._client.conversation(conversation))
+            run_id = running.run_id if running else None
+        if run_id is not None:
+            await self._client.cancel(run_id)
+
+    async def _prepare(self, ask: Ask) -> tuple[Conversation, Turn, Ask]:
         """The conversation before this exchange, the turn to be answered, and the request to send."""
         if ask.conversation is None:
             title = " ".join(ask.text.split())[:TITLE_CHARACTERS]
             made = Conversation(await self._client.create_conversation(title), title)
             return made, _asked(ask), replace(ask, conversation=made.id)
         base = await self._client.conversation(ask.conversation)
-        if again and not ask.regenerate and base.turns:
-            last = base.turns[-1]
-            if last.user == ask.text and not any(variant.text for variant in last.variants):
-                ask = replace(ask, regenerate=True, edit=None)
         if ask.regenerate:
             *before, last = base.turns
             return replace(base, turns=tuple(before)), last, ask
@@ -142,35 +154,49 @@ class Chat:
             base = replace(base, turns=base.turns[:at])
         return base, _asked(ask), ask
 
-    async def _follow(
-        self, session: str, ask: Ask, base: Conversation, turn: Turn, stop: asyncio.Event
-    ) -> AsyncGenerator[Update, None]:
-        reply = _Reply()
-
-        def view(*, running: bool) -> Update:
-            variants = (*(v for v in turn.variants if v.run_id not in (PENDING, reply.variant.run_id)), reply.variant)
-            shown = replace(turn, variants=variants, chosen=len(variants) - 1)
-            conversation = replace(base, turns=(*base.turns, shown))
-            return Update(conversation, running, reply.progress, reply.checks, cut=reply.cut)
-
-        yield view(running=True)
-        events = self._client.stream(
+    async def _exchange(self, ask: Ask, base: Conversation, turn: Turn, seat: Seat) -> AsyncGenerator[Update, None]:
+        reply = Growing()
+        yield reply.update(base, turn)
+        started = await self._client.start(
             [] if ask.regenerate else [user(ask.text)],
             model=ask.model,
             conversation=base.id,
             regenerate=ask.regenerate,
             edit=ask.edit,
+            idempotency_key=ask.key,
         )
-        async with aclosing(coalesce(events, self._pace, stop)) as batches:
-            async for batch in batches:
-                reply.take(batch)
-                if reply.variant.state == "running":
-                    yield view(running=True)
-        if reply.variant.state == "running":
-            reply.variant = replace(reply.variant, state="stopped")
-        if not self._stops.is_current(session, stop):
+        seat.run_id = started.run_id
+        if seat.stopped:
+            await self._client.cancel(started.run_id)
+        if started.turn is not None and not ask.regenerate:
+            # A message sent for the second time is in the conversation already.
+            before = tuple(known for known in base.turns if known.id != started.turn)
+            base, turn = replace(base, turns=before), replace(turn, id=started.turn)
+        async with aclosing(self._follow(started.run_id, reply, seat)) as grown:
+            async for _ in grown:
+                yield reply.update(base, turn)
+        if seat.left.is_set():
             return
-        yield await self._settled(view(running=False), reply.variant)
+        if (missing := reply.unavailable()) is not None:
+            edit = None if ask.regenerate else started.turn
+            raise _NotReadyError(replace(ask, edit=edit, key=_new_key()), missing)
+        yield await self._settled(reply.update(base, turn), reply.variant)
+
+    async def _follow(self, run_id: str, reply: Growing, seat: Seat) -> AsyncGenerator[None, None]:
+        """Grows `reply` and yields after each step but the last; ends with the run or when the seat is left."""
+        try:
+            async with aclosing(coalesce(self._events(run_id), self._pace, seat.left)) as batches:
+                async for batch in batches:
+                    reply.take(batch)
+                    if reply.running:
+                        yield
+        except OneboxError as error:
+            reply.fail(error)
+
+    async def _events(self, run_id: str) -> AsyncGenerator[Event, None]:
+        async with aclosing(self._client.follow(run_id, patience_s=self._wait_limit_s)) as events:
+            async for _, event in events:
+                yield event
 
     async def _settled(self, update: Update, mine: Variant) -> Update:
         """The stored conversation, whose turn and run ids later actions need; what we saw where it lags behind."""
@@ -189,25 +215,21 @@ class Chat:
         return replace(update, conversation=replace(stored, turns=(*stored.turns[:-1], turn)))
 
     async def _wait(
-        self, ask: Ask, base: Conversation | None, since: float, stop: asyncio.Event
+        self, ask: Ask, base: Conversation | None, since: float, seat: Seat
     ) -> AsyncGenerator[Update, None]:
-        """A view per poll until the box is ready, the limit is over or the visitor stops."""
+        """A view per poll until the box is ready, the limit is over or the visitor has enough of it."""
         view = None if base is None else replace(base, turns=(*base.turns, _asked(ask)))
-        while not stop.is_set() and time.monotonic() - since < self._wait_limit_s:
+        while not seat.interrupted.is_set() and time.monotonic() - since < self._wait_limit_s:
             yield Update(view, running=True, waiting_s=int(time.monotonic() - since))
-            try:
-                await asyncio.wait_for(stop.wait(), self._poll_s)
-            except TimeoutError:
-                if (await self._client.readiness()).ready:
-                    return
+            with suppress(TimeoutError):
+                await asyncio.wait_for(seat.interrupted.wait(), self._poll_s)
+                return
+            if (await self._client.readiness()).ready:
+                return
 
     def _refused(self, ask: Ask, base: Conversation | None, error: OneboxError) -> Update:
-        problem = Problem(error.code, error.message)
-        if base is None or ask.regenerate:
-            return Update(None, running=False, problem=problem, unsent=bool(ask.text))
-        failed = Variant(PENDING, "", state="failed", error=problem)
-        turn = replace(_asked(ask), variants=(failed,))
-        return Update(replace(base, turns=(*base.turns, turn)), running=False)
+        """Nothing was stored: the message goes back to the box."""
+        return Update(base, running=False, problem=Problem(error.code, error.message), unsent=bool(ask.text))
 
 
 def _asked(ask: Ask) -> Turn:

@@ -7,7 +7,8 @@ import gradio as gr
 
 BRIDGE_JS = """
 window.onebox_ask = (data) => trigger('ask', data);
-window.onebox_act = (data) => trigger('act', data);
+window.onebox_act = (data) => trigger('act', { c: window.onebox.conversation(), ...data });
+window.onebox_follow = (c) => trigger('follow', { c });
 """
 TASK_MENU = """<label class="ob-sr" for="ob-task-select">${label}</label>
 <select id="ob-task-select" aria-label="${label}">${options.map((o) =>
@@ -26,6 +27,7 @@ class Layout:
             self.boot = gr.Textbox(visible="hidden", label="boot")
             self.lang = gr.Textbox("en", visible="hidden", label="language")
             self.current = gr.Textbox(visible="hidden", label="conversation")
+            self.key = gr.Textbox(visible="hidden", label="key")
             self.shown = gr.State({})
             self.outcome = gr.State(None)
             self.timer = gr.Timer(2.0, active=False)

@@ -1,15 +1,17 @@
 """The Gradio page: layout and wiring. What happens on an event is `ui.chat`, what it looks like is `ui.render`.
 
 The browser keeps the id of the open conversation and sends it with every event, so a restarted page process goes on
-where the old one stopped; everything else is fetched from the API.
+where the old one stopped; everything else is fetched from the API. Where a conversation has a reply that is still
+being written, the script asks for it (`onebox_follow`) once the conversation is drawn.
 """
 
 import logging
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
+from uuid import uuid4
 
 import gradio as gr
 from gradio.components import Component
@@ -20,17 +22,19 @@ from onebox.client import Client
 from onebox.errors import OneboxError, UnknownConversation
 from onebox.records import Conversation, ConversationSummary, Readiness, TaskInfo
 from ui import render
-from ui.chat import Ask, Chat, Update
+from ui.chat import Ask, Chat
 from ui.commands import Command, UnknownCommand, parse_command
 from ui.layout import Layout
+from ui.reply import Update
 from ui.strings import Strings, pick_language, strings
 
 logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
 LIST_LENGTH = 100
-BEGIN_JS = "(...inputs) => { window.onebox.begin(false); return inputs; }"
-BEGIN_SEND_JS = "(...inputs) => { if (inputs[3].trim()) window.onebox.begin(true); return inputs; }"
+BEGIN_JS = "(...inputs) => { window.onebox.begin(); return inputs; }"
+BEGIN_SEND_JS = "(...inputs) => window.onebox.send(inputs)"
+HERE_JS = "() => [window.onebox.conversation()]"
 BOOT_JS = "() => [JSON.stringify({c: new URLSearchParams(location.search).get('c'), lang: window.onebox.language()})]"
 
 Outputs = dict[Component, object]
@@ -45,11 +49,13 @@ class Boot(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How an exchange ended. `restore` belongs back into the box; `notice` tells why nothing was sent."""
+    """How an exchange ended. `restore` belongs back into the box; `notice` tells why nothing was sent. `left`: the
+    session looks at something else by now."""
 
     update: Update | None = None
     restore: str = ""
     notice: str = ""
+    left: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +70,9 @@ class Box:
 class Page(Layout):
     """Event handlers over one client, and the components they draw on."""
 
-    def __init__(self, client: Client, chat: Chat, stop: Callable[[str], bool]) -> None:
+    def __init__(self, client: Client, chat: Chat) -> None:
         self._client = client
         self._chat = chat
-        self._stop = stop
         self._tasks: tuple[TaskInfo, ...] = ()
         super().__init__()
         with self.blocks:
@@ -89,9 +94,10 @@ class Page(Layout):
         # Gradio rebuilds every output of an update, also one left alone, so a stream has the fewest that do, and
         # hands them over as they are; what else changes is the script's (`begin`) and `finish`'s business.
         streamed: list[Component] = [self.chatbot, self.outcome]
-        finish = ([*place, self.outcome], [*loaded, self.outcome])
+        finish = ([*place, self.outcome, self.box], [*loaded, self.outcome])
         gr.on(
-            [self.box.submit, self.send.click], self.on_send, [*place, self.box, self.task], streamed, js=BEGIN_SEND_JS,
+            [self.box.submit, self.send.click], self.on_send, [*place, self.box, self.task, self.key], streamed,
+            js=BEGIN_SEND_JS,
             show_progress="hidden", api_visibility="private", concurrency_limit=None, postprocess=False,
         ).then(
             self.finish, *finish, show_progress="hidden", api_visibility="private", concurrency_limit=None
@@ -107,6 +113,12 @@ class Page(Layout):
             ).then(
                 self.finish, *finish, show_progress="hidden", api_visibility="private", concurrency_limit=None
             )  # fmt: skip
+        self.bridge.follow(
+            self.on_follow, place, streamed, trigger_mode="multiple",
+            show_progress="hidden", api_visibility="private", concurrency_limit=None, postprocess=False,
+        ).then(
+            self.finish, *finish, show_progress="hidden", api_visibility="private", concurrency_limit=None
+        )  # fmt: skip
         self.bridge.act(
             self.on_act, place, loaded,
             show_progress="hidden", api_visibility="private", concurrency_limit=None, trigger_mode="multiple",
@@ -116,7 +128,7 @@ class Page(Layout):
             show_progress="hidden", api_visibility="private", concurrency_limit=None, trigger_mode="multiple",
         )  # fmt: skip
         self.stop.click(
-            self.on_stop, None, None,
+            self.on_stop, [self.current], None, js=HERE_JS,
             show_progress="hidden", api_visibility="private", queue=False, trigger_mode="multiple",
         )  # fmt: skip
         blocks.unload(self.on_leave)
@@ -191,7 +203,7 @@ class Page(Layout):
         live: Update | None = None,
         announce: str = "",
     ) -> Outputs:
-        """The outputs that depend on which conversation is open and that nothing runs."""
+        """The outputs that depend on which conversation is open."""
         current = conversation.id if conversation else None
         return {
             self.side: render.sidebar(rows, current, words),
@@ -200,7 +212,7 @@ class Page(Layout):
             self.chatbot: self._drawn(conversation, words, shown, live),
             self.current: current or "",
             self.shown: dict(shown),
-            self.beacon: render.beacon(conversation, "idle", words, announce),
+            self.beacon: render.beacon(conversation, words, announce, over=live is not None),
         }
 
     def _drawn(
@@ -218,12 +230,13 @@ class Page(Layout):
         return gr.Chatbot(value=cast(list[MessageDict | Message], value), feedback_value=thumbs)
 
     async def on_send(
-        self, current: str, lang: str, shown: dict[str, int], text: str, task: str, request: gr.Request
+        self, current: str, lang: str, shown: dict[str, int], text: str, task: str, key: str, request: gr.Request
     ) -> AsyncGenerator[Outputs, None]:
-        """Send what is in the box."""
+        """Send what is in the box. `key` is the browser's name for this message, however often it sends it."""
         words = strings(lang)
         text = text.strip()
         if not text:
+            yield {self.outcome: Outcome(left=True)}
             return
         command = parse_command(text, self._tasks)
         if isinstance(command, UnknownCommand):
@@ -234,7 +247,7 @@ class Page(Layout):
         else:
             if isinstance(command, Command):
                 text, task = command.text, command.task
-            ask = Ask(current or None, text, model=task or "auto")
+            ask = Ask(current or None, text, model=task or "auto", key=key or uuid4().hex)
             async with aclosing(self._run(ask, words, shown, request)) as outputs:
                 async for output in outputs:
                     yield output
@@ -287,42 +300,69 @@ class Page(Layout):
                 async for output in outputs:
                     yield output
 
+    async def on_follow(
+        self, current: str, lang: str, shown: dict[str, int], request: gr.Request, event: gr.EventData
+    ) -> AsyncGenerator[Outputs, None]:
+        """Draw the reply that is being written in a conversation, whoever asked for it."""
+        updates = self._chat.watch(request.session_hash or "", str(event.c))
+        async with aclosing(self._draw(updates, "", strings(lang), shown)) as outputs:
+            async for output in outputs:
+                yield output
+
     async def _run(
         self, ask: Ask, words: Strings, shown: dict[str, int], request: gr.Request
     ) -> AsyncGenerator[Outputs, None]:
-        async with aclosing(self._chat.answer(request.session_hash or "", ask)) as updates:
+        updates = self._chat.answer(request.session_hash or "", ask)
+        async with aclosing(self._draw(updates, ask.text, words, shown)) as outputs:
+            async for output in outputs:
+                yield output
+
+    async def _draw(
+        self, updates: AsyncGenerator[Update, None], text: str, words: Strings, shown: dict[str, int]
+    ) -> AsyncGenerator[Outputs, None]:
+        """The updates as outputs; `text` is what the visitor wrote."""
+        left = True
+        async with aclosing(updates):
             async for update in updates:
                 outputs: Outputs = {}
+                left = update.running
                 conversation = update.conversation
                 if conversation and conversation.turns:
                     shown = {key: value for key, value in shown.items() if key != conversation.turns[-1].id}
                 if conversation is not None:
                     outputs[self.chatbot] = render.messages(conversation, self._tasks, words, shown, update)
                 elif update.waiting_s is not None:
-                    outputs[self.chatbot] = render.pending(ask.text, update, words)
+                    outputs[self.chatbot] = render.pending(text, update, words)
                 if not update.running:
                     notice = words.waiting_stopped if update.unsent else ""
                     if update.problem is not None:
                         notice = render.friendly(update.problem.code, words)
-                    outputs[self.outcome] = Outcome(update, ask.text if update.unsent else "", notice)
+                    outputs[self.outcome] = Outcome(update, text if update.unsent else "", notice)
                 if outputs:
                     yield outputs
+        if left:
+            yield {self.outcome: Outcome(left=True)}
 
-    async def finish(self, current: str, lang: str, shown: dict[str, int], outcome: Outcome | None) -> Outputs:
-        """After an exchange: draw what is not part of the conversation itself."""
+    async def finish(
+        self, current: str, lang: str, shown: dict[str, int], outcome: Outcome | None, typed: str
+    ) -> Outputs:
+        """After an exchange: draw what is not part of the conversation itself. `typed` came into the box meanwhile."""
         words = strings(lang)
         outcome = outcome or Outcome()
+        if outcome.left:
+            return {self.outcome: None}
         update = outcome.update
         outputs: Outputs = {
             self.notice: render.notice(outcome.notice, words) if outcome.notice else "",
             self.outcome: None,
         }
         if outcome.restore:
-            outputs[self.box] = outcome.restore
+            outputs[self.box] = f"{outcome.restore}\n\n{typed}" if typed.strip() else outcome.restore
         conversation = update.conversation if update else None
-        if conversation is None:
+        if update is None or conversation is None or update.problem is not None or update.unsent:
             box = Box(self._tasks, await self._rows(), Readiness(True, "ok", "ready"))
-            return {**await self._open(current or None, words, shown, box), **outputs}
+            wanted = conversation.id if conversation else current
+            return {**await self._open(wanted or None, words, shown, box), **outputs}
         last = conversation.turns[-1]
         state = last.variants[-1].state if last.variants else "stopped"
         announce = {"failed": words.announce_failed, "stopped": words.announce_stopped}.get(state, words.announce_done)
@@ -340,7 +380,8 @@ class Page(Layout):
         self, current: str, lang: str, shown: dict[str, int], request: gr.Request, event: gr.EventData
     ) -> Outputs:
         """What the sidebar and the arrows between variants ask for."""
-        words = strings(lang)
+        words, session = strings(lang), request.session_hash or ""
+        current = str(event.c)
         try:
             match event.ob:
                 case "variant":
@@ -355,15 +396,17 @@ class Page(Layout):
                     await self._client.rename_conversation(str(event.id), str(event.title).strip() or words.untitled)
                 case "delete":
                     await self._client.delete_conversation(str(event.id))
-                    current = "" if current == event.id else current
+                    if current == event.id:
+                        self._chat.leave(session)
+                        current = ""
                 case "open":
+                    self._chat.leave(session)
                     current = str(event.id)
                 case "new":
+                    self._chat.leave(session)
                     current = ""
         except OneboxError as error:
             return {self.notice: render.notice(render.friendly(error.code, words), words)}
-        if event.ob in ("open", "new"):
-            self._stop(request.session_hash or "")
         box = Box(self._tasks, await self._rows(), Readiness(True, "ok", "ready"))
         return await self._open(current, words, {}, box)
 
@@ -376,13 +419,16 @@ class Page(Layout):
             current, variant.run_id, "like" if value == "like" else "dislike" if value == "dislike" else None
         )
 
-    def on_stop(self, request: gr.Request) -> None:
-        """End the session's stream; the stream itself draws its end."""
-        self._stop(request.session_hash or "")
+    async def on_stop(self, current: str, request: gr.Request) -> None:
+        """End the reply; whoever follows it draws its end."""
+        try:
+            await self._chat.stop(request.session_hash or "", current or None)
+        except OneboxError:
+            logger.warning("A reply could not be stopped", exc_info=True)
 
     def on_leave(self, request: gr.Request) -> None:
         """The browser is gone: nobody reads the stream any more."""
-        self._stop(request.session_hash or "")
+        self._chat.leave(request.session_hash or "")
 
 
 def _message_number(index: int | tuple[int, int]) -> int:

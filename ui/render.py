@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Literal, TypedDict
 
-from onebox.events import Check
+from onebox.events import Check, Stopped
 from onebox.records import Conversation, ConversationSummary, Problem, Readiness, TaskInfo, Turn, Variant
-from ui.chat import PENDING, Update
+from ui.reply import PENDING, Update, running_variant
 from ui.strings import Strings
 
 STARTERS = 4
@@ -75,7 +75,7 @@ def messages(
         result.append(_message("user", [_text(turn.user)]))
         index = shown_variant(turn, shown)
         if turn.variants:
-            content = _answer(turn, index, tasks, words, live if last else None, last)
+            content = _answer(turn, index, tasks, words, live if last else None, conversation.id if last else None)
         else:
             content = list[TextPart | HtmlPart]([_html(_note(words.stopped))])
         result.append(_message("assistant", content))
@@ -92,19 +92,22 @@ def _message(role: Literal["user", "assistant"], content: list[TextPart | HtmlPa
 
 
 def _answer(
-    turn: Turn, index: int, tasks: Sequence[TaskInfo], words: Strings, live: Update | None, last: bool
+    turn: Turn, index: int, tasks: Sequence[TaskInfo], words: Strings, live: Update | None, conversation: str | None
 ) -> list[TextPart | HtmlPart]:
-    variant = turn.variants[index]
+    """`conversation` is given for the last turn, whose answer tells the script where it belongs."""
+    variant, last = turn.variants[index], conversation is not None
     content: list[TextPart | HtmlPart] = []
     if variant.route is not None or variant.task or len(turn.variants) > 1:
-        content.append(_html(_chip(turn, index, tasks, words, last)))
+        content.append(_html(_chip(turn, index, tasks, words, conversation)))
+    elif variant.text and conversation is not None:
+        content.append(_html(f"<span {attributes(c=conversation)}></span>"))
     if variant.text:
         content.append(_text(variant.text))
-    running = live is not None and live.running
+    running = variant.state == "running" or (live is not None and live.running)
     if variant.state == "running" and not variant.text:
-        content.append(_html(_waiting(live, words) if running else _note(words.running_elsewhere)))
+        content.append(_html(_waiting(live, words, conversation)))
     elif variant.state == "stopped":
-        content.append(_html(_note(words.stopped)))
+        content.append(_html(_note(_stopped(live.receipt if live else None, words))))
     elif variant.state == "failed":
         content.append(_html(problem(variant.error or Problem("internal_error", ""), words, retry=last)))
     if live is not None and not running:
@@ -142,11 +145,20 @@ def _copy(text: str, words: Strings) -> str:
     )
 
 
+def _stopped(receipt: Stopped | None, words: Strings) -> str:
+    if receipt is None:
+        return words.stopped
+    if receipt.slot_freed_ms is None:
+        return words.stopped_after.format(tokens=receipt.tokens)
+    return words.stopped_receipt.format(tokens=receipt.tokens, ms=round(receipt.slot_freed_ms))
+
+
 def _note(text: str) -> str:
     return f'<p class="ob-note">{escape(text)}</p>'
 
 
-def _waiting(live: Update | None, words: Strings) -> str:
+def _waiting(live: Update | None, words: Strings, conversation: str | None = None) -> str:
+    here = f" {attributes(c=conversation)}" if conversation else ""
     progress = live.progress if live else None
     if live is not None and live.waiting_s is not None:
         label = words.waiting.format(seconds=live.waiting_s)
@@ -154,13 +166,13 @@ def _waiting(live: Update | None, words: Strings) -> str:
         label = words.progress.format(label=progress.label, done=progress.done, total=progress.total)
     else:
         return (
-            f'<p class="ob-wait"><span class="ob-dots" aria-hidden="true"><i></i><i></i><i></i></span>'
+            f'<p class="ob-wait"{here}><span class="ob-dots" aria-hidden="true"><i></i><i></i><i></i></span>'
             f'<span class="ob-sr">{escape(words.thinking)}</span></p>'
         )
     share = 100 * progress.done / progress.total if progress and progress.total else 0
     bar = f'<span class="ob-bar"><i style="width:{share:.0f}%"></i></span>' if progress else ""
     return (
-        f'<p class="ob-wait"><span class="ob-dots" aria-hidden="true"><i></i><i></i><i></i></span>'
+        f'<p class="ob-wait"{here}><span class="ob-dots" aria-hidden="true"><i></i><i></i><i></i></span>'
         f"<span>{escape(label)}</span></p>{bar}"
     )
 
@@ -175,8 +187,9 @@ def _checks(checks: Sequence[Check], words: Strings) -> str:
     return f'<ul class="ob-checks">{rows}</ul>'
 
 
-def _chip(turn: Turn, index: int, tasks: Sequence[TaskInfo], words: Strings, last: bool) -> str:
-    variant = turn.variants[index]
+def _chip(turn: Turn, index: int, tasks: Sequence[TaskInfo], words: Strings, conversation: str | None) -> str:
+    variant, last = turn.variants[index], conversation is not None
+    here = f" {attributes(c=conversation)}" if conversation else ""
     name = _chip_name(variant, tasks, words)
     parts: list[str] = []
     unsure = bool(variant.route and variant.route.ask)
@@ -197,7 +210,7 @@ def _chip(turn: Turn, index: int, tasks: Sequence[TaskInfo], words: Strings, las
             f"<span>{escape(words.variant.format(number=index + 1, total=total))}</span>"
             f"{_step(turn, index + 1, total, words.next_variant, '›')}</span>"
         )
-    return f'<div class="ob-chips">{"".join(parts)}</div>'
+    return f'<div class="ob-chips"{here}>{"".join(parts)}</div>'
 
 
 def _chip_name(variant: Variant, tasks: Sequence[TaskInfo], words: Strings) -> str:
@@ -337,15 +350,20 @@ def topbar(title: str, words: Strings) -> str:
     )
 
 
-def beacon(conversation: Conversation | None, state: str, words: Strings, announce: str = "") -> str:
-    """What the page's script has to know: the conversation for the address bar, the language, what to announce."""
+def beacon(conversation: Conversation | None, words: Strings, announce: str = "", *, over: bool = False) -> str:
+    """What the page's script has to know: the conversation for the address bar, whether a reply in it is to be
+    followed, the language, what to announce. `over`: whatever its record says, nothing is to be followed."""
+    running = conversation is not None and not over and running_variant(conversation) is not None
+    state = "running" if running else "idle"
     marks = attributes(
         c=conversation.id if conversation else "",
+        turns=str(len(conversation.turns)) if conversation else "0",
         state=state,
         lang=words.html_lang,
         announce=announce,
         chat_label=words.chat_label,
         copied=words.copied,
+        away=words.page_away,
         stamp=str(time.monotonic_ns()),
     )
     return f"<span {marks}></span>"

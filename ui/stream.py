@@ -1,4 +1,4 @@
-"""Streams between gateway and page: coalesced in time, stoppable by session.
+"""Streams between gateway and page: coalesced in time, one per browser session.
 
 Gradio pays about half a millisecond of CPU per update whatever its size, so a stream sends its first text at once and
 then at intervals that grow with the number of streams of this process. Nothing here knows Gradio or HTTP.
@@ -34,44 +34,61 @@ class Pace:
             self._active -= 1
 
 
-class Stops:
-    """The running stream of each browser session. A new one ends the one before."""
+class Seat:
+    """One browser session before one reply. To leave it ends the stream; to stop also asks for the reply's own end."""
 
     def __init__(self) -> None:
-        self._running: dict[str, asyncio.Event] = {}
+        self.left = asyncio.Event()
+        self.interrupted = asyncio.Event()
+        self.stopped = False
+        self.run_id: str | None = None
+
+    def leave(self) -> None:
+        """End the stream; the reply goes on."""
+        self.left.set()
+        self.interrupted.set()
+
+    def stop(self) -> None:
+        """Note that the visitor wants the reply to end; who has its run must cancel it."""
+        self.stopped = True
+        self.interrupted.set()
+
+
+class Seats:
+    """The seat of each browser session. A new one ends the stream of the one before."""
+
+    def __init__(self) -> None:
+        self._taken: dict[str, Seat] = {}
 
     @contextmanager
-    def running(self, session: str) -> Iterator[asyncio.Event]:
-        """The event that tells this stream to end."""
-        self.stop(session)
-        mine = asyncio.Event()
-        self._running[session] = mine
+    def take(self, session: str) -> Iterator[Seat]:
+        """A seat for as long as the stream lasts."""
+        self.leave(session)
+        mine = self._taken[session] = Seat()
         try:
             yield mine
         finally:
-            if self._running.get(session) is mine:
-                del self._running[session]
+            if self._taken.get(session) is mine:
+                del self._taken[session]
 
-    def is_current(self, session: str, event: asyncio.Event) -> bool:
-        """Whether no later stream has taken the session over."""
-        return self._running.get(session) is event
+    def of(self, session: str) -> Seat | None:
+        """The session's seat, while a stream of it runs."""
+        return self._taken.get(session)
 
-    def stop(self, session: str) -> bool:
-        """End the session's stream; False where none runs."""
-        event = self._running.get(session)
-        if event is None:
-            return False
-        event.set()
-        return True
+    def leave(self, session: str) -> None:
+        """End the session's stream, if one runs."""
+        seat = self._taken.get(session)
+        if seat is not None:
+            seat.leave()
 
 
 async def coalesce(
-    events: AsyncGenerator[Event, None], pace: Pace, stop: asyncio.Event, keepalive_s: float = 1.0
+    events: AsyncGenerator[Event, None], pace: Pace, left: asyncio.Event, keepalive_s: float = 1.0
 ) -> AsyncGenerator[list[Event], None]:
-    """The events in batches: the first text at once, later ones per `pace`; an empty batch after `keepalive_s` of
-    silence, which gives the reader a chance to notice that its own reader is gone.
+    """The events in batches: the first text and the end at once, the rest per `pace`; an empty batch after
+    `keepalive_s` of silence, which gives the reader a chance to notice that its own reader is gone.
 
-    Ends when `events` ends or `stop` is set; either way, and when closed early, `events` has been closed on return.
+    Ends when `events` ends or `left` is set; either way, and when closed early, `events` has been closed on return.
     Raises what `events` raises, after what came before it.
     """
     buffer: list[Event] = []
@@ -87,12 +104,12 @@ async def coalesce(
             wake.set()
 
     reader = asyncio.create_task(read())
-    stopper = asyncio.create_task(stop.wait())
-    stopper.add_done_callback(lambda _: wake.set())
+    leaver = asyncio.create_task(left.wait())
+    leaver.add_done_callback(lambda _: wake.set())
     started = False
     try:
         with pace.one_more():
-            while not stop.is_set():
+            while not left.is_set():
                 with suppress(TimeoutError):
                     await asyncio.wait_for(wake.wait(), keepalive_s)
                 wake.clear()
@@ -102,13 +119,12 @@ async def coalesce(
                 if reader.done() and not buffer:
                     break
                 if started := started or any(isinstance(event, TextDelta) for event in batch):
-                    with suppress(TimeoutError):
-                        await asyncio.wait_for(asyncio.shield(stopper), pace.interval_s)
+                    await asyncio.wait({leaver, reader}, timeout=pace.interval_s, return_when=asyncio.FIRST_COMPLETED)
             if buffer:
                 yield buffer
             if reader.done() and not reader.cancelled():
                 reader.result()
     finally:
-        stopper.cancel()
+        leaver.cancel()
         reader.cancel()
-        await asyncio.gather(reader, stopper, return_exceptions=True)
+        await asyncio.gather(reader, leaver, return_exceptions=True)

@@ -44,14 +44,16 @@ class Strings:
     next_variant: str
     thinking: str
     stopped: str
+    stopped_after: str
+    stopped_receipt: str
     cut: str
-    running_elsewhere: str
     waiting: str
     waiting_stopped: str
     loading_banner: str
     loading_hint: str
     down_banner: str
     down_hint: str
+    page_away: str
     retry: str
     dismiss: str
     unknown_command: str
@@ -112,14 +114,16 @@ EN = Strings(
     next_variant="Next answer",
     thinking="Working on it…",
     stopped="Stopped. The text above is kept.",
+    stopped_after="Stopped after {tokens} tokens. The text above is kept.",
+    stopped_receipt="Stopped after {tokens} tokens; slot free after {ms} ms. The text above is kept.",
     cut="The reply reached its length limit.",
-    running_elsewhere="This reply is still being written. Reload to see more of it.",
     waiting="The model is loading. Your message is kept and will be sent as soon as it is ready ({seconds} s).",
     waiting_stopped="Not sent. Your message is still in the box.",
     loading_banner="The model is loading",
     loading_hint="You can write already; your message goes out when it is ready.",
     down_banner="The server does not answer yet",
     down_hint="It may still be starting. You can write already; your message goes out when it is there.",
+    page_away="Reconnecting. Your reply goes on meanwhile, and your text is kept.",
     retry="Try again",
     dismiss="Dismiss",
     unknown_command="There is no task /{name}. Known: {known}. Choose one of these or leave out the slash.",
@@ -182,14 +186,16 @@ ZH = Strings(
     next_variant="下一个回答",
     thinking="正在处理…",
     stopped="已停止，上面的内容已保留。",
+    stopped_after="已停止：生成了 {tokens} 个 token，上面的内容已保留。",
+    stopped_receipt="已停止：生成了 {tokens} 个 token，{ms} 毫秒后释放了位置，上面的内容已保留。",
     cut="回复已达到长度上限。",
-    running_elsewhere="这条回复还在生成中，刷新页面可以看到更多。",
     waiting="模型正在加载。消息已保留，加载完成后会自动发送（{seconds} 秒）。",
     waiting_stopped="未发送，消息仍在输入框里。",
     loading_banner="模型正在加载",
     loading_hint="现在就可以输入，加载完成后会自动发送。",
     down_banner="服务器暂时没有响应",
     down_hint="可能还在启动。现在就可以输入，连接后会自动发送。",
+    page_away="正在重新连接。回复仍在继续，输入的内容已保留。",
     retry="重试",
     dismiss="关闭",
     unknown_command="没有名为 /{name} 的任务。可用：{known}。请选择其中之一，或去掉斜杠。",

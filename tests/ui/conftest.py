@@ -46,5 +46,5 @@ async def fake() -> AsyncIterator[Fake]:
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """Everything real but the model."""
-    with run_stack(tmp_path_factory.mktemp("ui"), scripted_itl_ms="20") as running:
+    with run_stack(tmp_path_factory.mktemp("ui"), scripted_itl_ms="20", max_tokens_default="400") as running:
         yield running

@@ -8,6 +8,7 @@ import itertools
 import json
 import sys
 from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import uvicorn
@@ -15,6 +16,19 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+
+from onebox.events import (
+    Accepted,
+    Completed,
+    Event,
+    Failed,
+    Progress,
+    Routed,
+    Stopped,
+    TextDelta,
+    encode,
+    is_terminal,
+)
 
 TITLES = {
     "summarize": ("Summarize", "总结"),
@@ -37,19 +51,52 @@ EXAMPLES = {
 }
 
 
+@dataclass
+class Run:
+    """A run's log; `grown` is set anew for each entry."""
+
+    id: str
+    variant: dict[str, Any]
+    turn: dict[str, Any]
+    conversation: str | None
+    events: list[Event] = field(default_factory=list)
+    grown: asyncio.Event = field(default_factory=asyncio.Event)
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    task: asyncio.Task[None] | None = None
+
+    def add(self, event: Event) -> None:
+        self.events.append(event)
+        self.grown.set()
+        self.grown = asyncio.Event()
+
+    async def pause(self, seconds: float) -> bool:
+        """Whether the run may go on."""
+        try:
+            await asyncio.wait_for(self.stop.wait(), seconds)
+        except TimeoutError:
+            return True
+        return False
+
+
 class FakeGateway:
-    """Knobs: `ready`, `itl_s`, `ttft_s`, `words`, `fail_at` (word number), `progress` (steps before the text)."""
+    """Knobs: `ready`, `itl_s`, `ttft_s`, `words`, `fail_at` (word number), `progress` (steps before the text),
+    `lost_answers` (so many starts are stored, and their answers lost)."""
 
     def __init__(self, itl_s: float = 0.03, ttft_s: float = 0.05, words: int = 40) -> None:
         self.itl_s, self.ttft_s, self.words = itl_s, ttft_s, words
         self.ready, self.fail_at, self.progress, self.running = True, -1, 0, 0
+        self.lost_answers = 0
+        self.runs: dict[str, Run] = {}
+        self.keys: dict[str, str] = {}
         self.conversations: dict[str, dict[str, Any]] = {}
         self.clock = itertools.count(1)
         self.app = Starlette(
             routes=[
                 Route("/readyz", self.readyz),
                 Route("/v1/tasks", self.tasks),
-                Route("/v1/chat/completions", self.chat, methods=["POST"]),
+                Route("/v1/responses", self.start, methods=["POST"]),
+                Route("/v1/responses/{id}", self.follow),
+                Route("/v1/responses/{id}/cancel", self.cancel, methods=["POST"]),
                 Route("/v1/conversations", self.conversations_, methods=["GET", "POST"]),
                 Route("/v1/conversations/{id}", self.conversation, methods=["GET", "PATCH", "DELETE"]),
                 Route("/v1/conversations/{id}/export", self.export),
@@ -115,68 +162,105 @@ class FakeGateway:
                     variant["feedback"] = body["value"]
         return JSONResponse({})
 
-    async def chat(self, request: Request) -> Response:
+    async def start(self, request: Request) -> Response:
         body = await request.json()
         if not self.ready:
             return error(503, "model_loading", "The model is loading. Try again in a moment.")
+        key = request.headers["idempotency-key"]
+        if key in self.keys:
+            return self.started(self.runs[self.keys[key]])
         extra = body["onebox"]
-        conversation = self.conversations.get(extra["conversation"] or "")
+        conversation = self.conversations.get(body.get("conversation") or "")
         turns = conversation["turns"] if conversation else []
+        if turns and any(variant["state"] == "running" for variant in turns[-1]["variants"]):
+            return error(409, "conflict", "A reply is still running in this conversation.")
         if extra.get("edit"):
             del turns[[t["id"] for t in turns].index(extra["edit"]) :]
         if extra.get("regenerate"):
             turn = turns[-1]
         else:
-            text = body["messages"][-1]["content"]
+            text = body["input"][-1]["content"]
             turn = {"id": f"t{next(self.clock)}", "user": text, "created": 0, "variants": [], "chosen": 0}
             turns.append(turn)
         task = "translate" if body["model"] == "auto" else body["model"]
-        route = {"task": task, "plan": [task], "probabilities": {task: 0.97, "qa": 0.03}, "tier": "head", "ms": 4.2}
-        route["tier"] = "head" if body["model"] == "auto" else "explicit"
-        variant = {"run_id": f"r{next(self.clock)}", "text": "", "task": task, "route": route, "state": "running"}
+        tier = "head" if body["model"] == "auto" else "explicit"
+        route = {"task": task, "plan": [task], "probabilities": {task: 0.97, "qa": 0.03}, "tier": tier, "ms": 4.2}
+        run_id = f"resp_{next(self.clock)}"
+        variant = {"run_id": run_id, "text": "", "task": task, "route": route, "state": "running"}
         turn["variants"].append(variant)
         turn["chosen"] = len(turn["variants"]) - 1
         if conversation:
             conversation["updated"] = next(self.clock)
             conversation["title"] = conversation["title"] or turn["user"][:30]
-        return StreamingResponse(self.reply(variant, conversation, turn), media_type="text/event-stream")
+        run = Run(run_id, variant, turn, conversation["id"] if conversation else None)
+        self.runs[run_id], self.keys[key] = run, run_id
+        run.task = asyncio.create_task(self.write(run))
+        if self.lost_answers:
+            self.lost_answers -= 1
+            return error(502, "engine_failed", "The answer got lost.")
+        return self.started(run)
 
-    async def reply(self, variant: dict[str, Any], conversation: Any, turn: dict[str, Any]) -> AsyncIterator[bytes]:
-        self.running += 1
-        try:
-            head = {"run_id": variant["run_id"], "route": variant["route"], "turn": turn["id"]}
-            head["conversation"] = conversation["id"] if conversation else None
-            yield chunk([{"index": 0, "delta": {"role": "assistant"}}], head)
-            for done in range(self.progress):
-                event = {"kind": "progress", "done": done, "total": self.progress, "label": f"Part {done + 1}"}
-                yield chunk([], {"event": event})
-                await asyncio.sleep(0.2)
-            await asyncio.sleep(self.ttft_s)
-            for i in range(self.words):
-                if i == self.fail_at:
-                    variant["state"] = "failed"
-                    failure = {"code": "engine_failed", "message": "The engine broke off the reply.", "retryable": True}
-                    variant["error"] = failure
-                    yield b"data: " + json.dumps({"error": failure}).encode() + b"\n\n"
+    def started(self, run: Run) -> Response:
+        conversation = {"id": run.conversation} if run.conversation else None
+        body = {"id": run.id, "status": "in_progress", "conversation": conversation, "onebox": {"turn": run.turn["id"]}}
+        return JSONResponse(body)
+
+    async def follow(self, request: Request) -> Response:
+        run = self.runs.get(request.path_params["id"])
+        if run is None:
+            return error(404, "response_not_found", "No such run.")
+        after = int(request.query_params.get("starting_after", -1))
+        return StreamingResponse(self.told(run, after + 1), media_type="text/event-stream")
+
+    async def told(self, run: Run, number: int) -> AsyncIterator[bytes]:
+        while True:
+            grown = run.grown
+            for event in run.events[number:]:
+                data = {"type": "onebox.event", "sequence_number": number, "event": json.loads(encode(event))}
+                number += 1
+                yield b"data: " + json.dumps(data).encode() + b"\n\n"
+                if is_terminal(event):
                     return
-                word = f"word{i} " if i else "**Hello** "
-                variant["text"] += word
-                yield chunk([{"index": 0, "delta": {"content": word}}])
-                await asyncio.sleep(self.itl_s)
-            variant["state"] = "completed"
-            yield chunk([{"index": 0, "delta": {}, "finish_reason": "stop"}])
-            yield b"data: [DONE]\n\n"
-        finally:
-            self.running -= 1
-            if variant["state"] == "running":
+            await grown.wait()
+
+    async def cancel(self, request: Request) -> Response:
+        run = self.runs[request.path_params["id"]]
+        run.stop.set()
+        assert run.task is not None
+        await run.task
+        return JSONResponse({"id": run.id, "onebox": {"event": json.loads(encode(run.events[-1]))}})
+
+    async def write(self, run: Run) -> None:
+        self.running += 1
+        variant = run.variant
+        run.add(Accepted(run.id, run.conversation, run.turn["id"]))
+        run.add(Routed(**variant["route"] | {"plan": (variant["task"],)}))
+        end = await self.end(run)
+        match end:
+            case Completed():
+                variant["state"] = "completed"
+            case Failed(code=code, message=message):
+                variant["state"], variant["error"] = "failed", {"code": code, "message": message}
+            case _:
                 variant["state"] = "stopped"
+        run.add(end)
+        self.running -= 1
 
-
-def chunk(choices: list[dict[str, Any]], onebox: dict[str, Any] | None = None) -> bytes:
-    body: dict[str, Any] = {"object": "chat.completion.chunk", "choices": choices}
-    if onebox:
-        body["onebox"] = onebox
-    return b"data: " + json.dumps(body).encode() + b"\n\n"
+    async def end(self, run: Run) -> Event:
+        for done in range(self.progress):
+            run.add(Progress(done, self.progress, f"Part {done + 1}"))
+            if not await run.pause(0.2):
+                return Stopped(0)
+        await asyncio.sleep(self.ttft_s)
+        for i in range(self.words):
+            if i == self.fail_at:
+                return Failed("engine_failed", "The engine broke off the reply.", True)
+            word = f"word{i} " if i else "**Hello** "
+            run.variant["text"] += word
+            run.add(TextDelta(word))
+            if not await run.pause(self.itl_s):
+                return Stopped(i + 1, self.words - i - 1, 5.0)
+        return Completed()
 
 
 def error(status: int, code: str, message: str) -> Response:

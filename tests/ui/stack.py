@@ -76,6 +76,12 @@ class Stack:
             process.kill()
             process.wait()
 
+    def kill(self, name: str) -> None:
+        """End one process without warning."""
+        process = self.processes.pop(name)
+        process.kill()
+        process.wait()
+
     def start_engine(self, *argv: str, **settings: str) -> None:
         """Start the scripted replica and wait until it answers."""
         self.start("engine", sys.executable, "-m", "tests.agents.scripted_replica", *argv, **settings)

@@ -7,8 +7,9 @@ import pytest
 
 from onebox.client import Client
 from tests.ui.conftest import Fake
-from ui.chat import Ask, Chat, Update
-from ui.stream import Pace, Stops
+from ui.chat import Ask, Chat
+from ui.reply import Update
+from ui.stream import Pace, Seats
 
 
 @pytest.fixture
@@ -18,13 +19,8 @@ async def client(fake: Fake) -> AsyncIterator[Client]:
 
 
 @pytest.fixture
-def stops() -> Stops:
-    return Stops()
-
-
-@pytest.fixture
-def chat(client: Client, stops: Stops) -> Chat:
-    return Chat(client, Pace(0.005, 0), stops, poll_s=0.02)
+def chat(client: Client) -> Chat:
+    return Chat(client, Pace(0.005, 0), Seats(), poll_s=0.02)
 
 
 async def _all(chat: Chat, ask: Ask) -> list[Update]:
@@ -77,13 +73,13 @@ async def test_message_waits_for_a_loading_model_and_is_sent_once(chat: Chat, fa
     assert updates[-1].conversation.turns[0].variants[-1].state == "completed"
 
 
-async def test_message_waits_for_an_api_that_is_not_there_and_comes_back_when_stopped(stops: Stops) -> None:
+async def test_message_waits_for_an_api_that_is_not_there_and_comes_back_when_stopped() -> None:
     async with Client("http://127.0.0.1:1", "key") as nobody:
-        chat = Chat(nobody, Pace(), stops, poll_s=0.02)
+        chat = Chat(nobody, Pace(), Seats(), poll_s=0.02)
         updates: list[Update] = []
         async for update in chat.answer("session", Ask(None, "Hello")):
             updates.append(update)
-            stops.stop("session")
+            await chat.stop("session", None)
     assert updates[0].waiting_s == 0
     assert updates[-1] == Update(None, running=False, unsent=True)
 
@@ -99,25 +95,89 @@ async def test_broken_reply_keeps_its_text_beside_the_error(chat: Chat, fake: Fa
     assert variant.error.code == "engine_failed"
 
 
-async def test_stop_reaches_the_gateway_and_the_page_says_so(chat: Chat, fake: Fake, stops: Stops) -> None:
-    fake.gateway.words, last = 10_000, None
+async def test_stop_ends_the_run_and_the_page_shows_its_receipt(chat: Chat, fake: Fake) -> None:
+    fake.gateway.words, last, stopped = 10_000, None, False
     async for update in chat.answer("session", Ask(None, "Hello")):
         last = update
-        if _reply(update):
-            stops.stop("session")
+        if _reply(update) and not stopped:
+            stopped = True
+            await chat.stop("session", None)
     assert last is not None
     assert last.conversation is not None
     assert last.conversation.turns[0].variants[0].state == "stopped"
-    await _until_idle(fake)
+    assert last.receipt is not None
+    assert last.receipt.tokens == len(_reply(last).split())
+    assert not fake.gateway.running
 
 
-async def test_leaving_the_exchange_early_stops_the_gateway(chat: Chat, fake: Fake) -> None:
-    fake.gateway.words = 10_000
+async def test_a_session_that_only_looks_at_a_conversation_stops_its_reply_too(chat: Chat, fake: Fake) -> None:
+    fake.gateway.words, last, stopped = 10_000, None, False
+    async for update in chat.answer("one", Ask(None, "Hello")):
+        last = update
+        if _reply(update) and not stopped:
+            stopped = True
+            assert update.conversation is not None
+            await chat.stop("another", update.conversation.id)
+    assert last is not None
+    assert last.receipt is not None
+
+
+async def test_leaving_the_exchange_early_leaves_the_reply_running(chat: Chat, fake: Fake) -> None:
+    fake.gateway.words = 100
     async with aclosing(chat.answer("session", Ask(None, "Hello"))) as updates:
         async for update in updates:
             if _reply(update):
                 break
+    assert fake.gateway.running == 1
     await _until_idle(fake)
+    (stored,) = fake.gateway.conversations.values()
+    assert stored["turns"][0]["variants"][0]["state"] == "completed"
+
+
+async def test_who_comes_later_sees_the_whole_reply_grow_and_both_see_the_same(chat: Chat, fake: Fake) -> None:
+    fake.gateway.words = 200
+    views: list[list[str]] = []
+
+    async def watch(session: str, conversation: str) -> None:
+        views.append([_reply(update) async for update in chat.watch(session, conversation)])
+
+    async with asyncio.timeout(30), asyncio.TaskGroup() as group:
+        begun = False
+        async for update in chat.answer("first", Ask(None, "Hello")):
+            if len(_reply(update)) > 200 and not begun:
+                begun = True
+                assert update.conversation is not None
+                for number in range(2):
+                    group.create_task(watch(f"later{number}", update.conversation.id))
+    (stored,) = fake.gateway.conversations.values()
+    text = stored["turns"][0]["variants"][0]["text"]
+    assert [view[-1] for view in views] == [text, text]
+    for view in views:
+        assert len(view[0]) > 200
+        assert len(set(view)) > 3
+        assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(view))
+
+
+async def test_message_whose_answer_was_lost_is_sent_again_and_answered_once(chat: Chat, fake: Fake) -> None:
+    fake.gateway.lost_answers = 5
+    updates = await _all(chat, Ask(None, "Hello"))
+    (stored,) = fake.gateway.conversations.values()
+    assert [turn["user"] for turn in stored["turns"]] == ["Hello"]
+    assert len(fake.gateway.runs) == 1
+    assert all(len(update.conversation.turns) == 1 for update in updates if update.conversation)
+    assert _reply(updates[-1]) == stored["turns"][0]["variants"][0]["text"]
+
+
+async def test_message_sent_into_a_conversation_that_is_busy_goes_back_to_the_box(chat: Chat, fake: Fake) -> None:
+    fake.gateway.words, refused = 10_000, list[Update]()
+    async for update in chat.answer("one", Ask(None, "Hello")):
+        if _reply(update) and not refused:
+            assert update.conversation is not None
+            refused = [update async for update in chat.answer("two", Ask(update.conversation.id, "And I?"))]
+            await chat.stop("one", None)
+    assert refused[-1].problem is not None
+    assert refused[-1].problem.code == "conflict"
+    assert refused[-1].unsent
 
 
 async def test_progress_is_shown_until_the_text_begins(chat: Chat, fake: Fake) -> None:

@@ -1,6 +1,7 @@
 """The page in a real Chromium, over the real gateway, a real Valkey and the scripted engine."""
 
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.ui.stack import Stack, run_stack, wait_until
 
 Open = Callable[..., Awaitable[Page]]
 TEXT = "#ob-chat .bot-row .prose"
+RECEIPT = re.compile(r"Stopped after \d+ tokens; slot free after \d+ ms")
 TEXTS_JS = """() => {
   window.seen = new Set();
   const look = () => {
@@ -92,6 +94,21 @@ def last_turn(stack: Stack, page: Page) -> dict[str, object]:
     return turn
 
 
+def only_variant(stack: Stack, page: Page) -> dict[str, object]:
+    """The one answer there is to the last turn."""
+    variants = last_turn(stack, page)["variants"]
+    assert isinstance(variants, list)
+    (variant,) = variants
+    assert isinstance(variant, dict)
+    return variant
+
+
+async def here(page: Page) -> str:
+    """The open conversation, for another browser, once this one knows it."""
+    await page.wait_for_url("**/?c=*")
+    return "/?" + page.url.split("?")[1]
+
+
 async def test_reply_arrives_in_steps_with_the_task_on_it(open_page: Open) -> None:
     page = await open_page()
     await page.evaluate(TEXTS_JS)
@@ -114,18 +131,139 @@ async def test_stop_frees_the_engine_and_keeps_what_was_written(open_page: Open,
     wait_until(lambda: "stopped" in json.dumps(last_turn(stack, page)), "the record says so")
 
 
-async def test_escape_stops_too_and_closing_the_page_frees_the_engine(open_page: Open, stack: Stack) -> None:
+async def test_escape_stops_too_and_says_what_it_freed(open_page: Open, stack: Stack) -> None:
     page = await open_page()
     await say(page, "Write a very long story about snow")
     await expect(page.locator(TEXT).last).not_to_be_empty()
     await page.keyboard.press("Escape")
     wait_until(lambda: stack.engine_running() == 0, "the engine is free", 5)
     await until_done(page)
-    await say(page, "Write a very long story about wind")
-    await expect(page.locator("#ob-chat .user-row")).to_have_count(2)
-    wait_until(lambda: stack.engine_running() == 1, "the engine works")
+    await expect(page.locator("#ob-chat .ob-note")).to_contain_text(RECEIPT)
+
+
+async def test_closing_the_page_leaves_the_reply_to_be_found_later(open_page: Open, stack: Stack) -> None:
+    page = await open_page()
+    await say(page, "Write a story about wind")
+    await expect(page.locator(TEXT).last).not_to_be_empty()
+    path = await here(page)
     await page.close()
-    wait_until(lambda: stack.engine_running() == 0, "the engine is free", 10)
+    later = await open_page(path)
+    await expect(later.locator("#ob-stop")).to_be_visible()
+    await until_done(later)
+    variant = only_variant(stack, later)
+    assert variant["state"] == "completed"
+    await expect(later.locator(TEXT).last).to_have_text(str(variant["text"]).strip())
+
+
+async def test_reload_in_mid_reply_shows_it_grow_to_the_text_that_is_stored(open_page: Open, stack: Stack) -> None:
+    page = await open_page()
+    await say(page, "Write a story about a harbour")
+    await expect(page.locator(TEXT).last).not_to_be_empty()
+    await here(page)
+    await page.fill("#ob-input textarea", "what I wanted to add")
+    await page.reload()
+    await page.evaluate(TEXTS_JS)
+    await expect(page.locator("#ob-stop")).to_be_visible()
+    await expect(page.locator("#ob-input textarea")).to_have_value("what I wanted to add")
+    await until_done(page)
+    assert await page.evaluate("window.seen.size") >= 3
+    variant = only_variant(stack, page)
+    assert variant["state"] == "completed"
+    await expect(page.locator(TEXT).last).to_have_text(str(variant["text"]).strip())
+
+
+async def test_second_browser_sees_the_running_reply_and_stops_it_for_both(open_page: Open, stack: Stack) -> None:
+    first = await open_page()
+    await say(first, "Write a very long story about stars")
+    await expect(first.locator(TEXT).last).not_to_be_empty()
+    second = await open_page(await here(first))
+    await expect(second.locator("#ob-stop")).to_be_visible()
+    await expect(second.locator(TEXT).last).not_to_be_empty()
+    await second.click("#ob-stop")
+    wait_until(lambda: stack.engine_running() == 0, "the engine is free", 5)
+    for page in (first, second):
+        await until_done(page)
+        await expect(page.locator("#ob-chat .ob-note")).to_contain_text(RECEIPT)
+    variant = only_variant(stack, first)
+    assert variant["state"] == "stopped"
+    for page in (first, second):
+        await expect(page.locator(TEXT).last).to_have_text(str(variant["text"]).strip())
+
+
+async def test_reply_is_followed_when_its_chat_is_opened_from_the_list(open_page: Open, stack: Stack) -> None:
+    page = await open_page()
+    await say(page, "Write a story about the list of chats")
+    await expect(page.locator(TEXT).last).not_to_be_empty()
+    await page.click(".ob-new")
+    await expect(page.locator(".ob-welcome")).to_be_visible()
+    await expect(page.locator("#ob-stop")).to_be_hidden()
+    await page.locator("#ob-list .ob-open", has_text="about the list of chats").first.click()
+    await expect(page.locator("#ob-stop")).to_be_visible()
+    await until_done(page)
+    assert only_variant(stack, page)["state"] == "completed"
+
+
+async def test_message_into_a_busy_chat_comes_back_with_a_notice_and_the_running_reply(
+    open_page: Open, stack: Stack
+) -> None:
+    first = await open_page()
+    await ask(first, "Hello from here")
+    second = await open_page(await here(first))
+    await say(first, "Write a very long story about doors")
+    await expect(first.locator(TEXT).last).not_to_be_empty()
+    await enter(second, "Me too")
+    await expect(second.locator(".ob-notice")).to_contain_text("Another reply is still being written")
+    await expect(second.locator("#ob-input textarea")).to_have_value("Me too")
+    await expect(second.locator("#ob-chat .user-row").last).to_have_text("Write a very long story about doors")
+    await second.click("#ob-stop")
+    await until_done(second)
+    await until_done(first)
+    await expect(second.locator("#ob-input textarea")).to_have_value("Me too")
+    turns = conversation(stack, first)["turns"]
+    assert isinstance(turns, list)
+    assert len(turns) == 2
+
+
+async def test_page_comes_back_by_itself_when_its_process_dies_in_mid_reply(open_page: Open, stack: Stack) -> None:
+    page = await open_page()
+    await say(page, "Write a story about a phoenix")
+    await expect(page.locator(TEXT).last).not_to_be_empty()
+    await here(page)
+    await page.fill("#ob-input textarea", "and then?")
+    stack.kill("ui")
+    try:
+        await expect(page.locator(".ob-away")).to_contain_text("Reconnecting")
+        await expect(page.locator("[data-testid=toast-body]")).to_be_hidden()
+    finally:
+        stack.start_ui()
+    await expect(page.locator(".ob-away")).to_have_count(0, timeout=30_000)
+    await expect(page.locator("#ob-app.ob-ready")).to_be_visible(timeout=30_000)
+    await until_done(page)
+    variant = only_variant(stack, page)
+    assert variant["state"] == "completed"
+    await expect(page.locator(TEXT).last).to_have_text(str(variant["text"]).strip())
+    await expect(page.locator("#ob-input textarea")).to_have_value("and then?")
+
+
+async def test_message_sent_while_the_pages_process_is_away_is_kept_and_sent_once(
+    open_page: Open, stack: Stack
+) -> None:
+    page = await open_page()
+    stack.kill("ui")
+    try:
+        await enter(page, "Nobody hears this")
+        await expect(page.locator(".ob-away")).to_be_visible()
+    finally:
+        stack.start_ui()
+    await expect(page.locator(".ob-away")).to_have_count(0, timeout=30_000)
+    await expect(page.locator("#ob-input textarea")).to_have_value("Nobody hears this", timeout=30_000)
+    await page.keyboard.press("Enter")
+    await expect(page.locator(TEXT).last).not_to_be_empty()
+    await page.click("#ob-stop")
+    await until_done(page)
+    turns = conversation(stack, page)["turns"]
+    assert isinstance(turns, list)
+    assert [turn["user"] for turn in turns] == ["Nobody hears this"]
 
 
 async def test_regenerate_and_reroute_add_variants_of_the_same_turn(open_page: Open, stack: Stack) -> None:

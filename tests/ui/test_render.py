@@ -1,7 +1,10 @@
-from onebox.events import Routed
+import pytest
+
+from onebox.events import Routed, Stopped
 from onebox.records import Conversation, ConversationSummary, Problem, TaskInfo, Turn, Variant
 from ui import render
-from ui.strings import EN, ZH
+from ui.reply import Update
+from ui.strings import EN, ZH, Strings
 
 EVIL = '<img src=x onerror="alert(1)">'
 TASKS = (TaskInfo("translate", {"en": "Translate", "zh": "翻译"}), TaskInfo("qa", {"en": "Answer", "zh": "问答"}))
@@ -22,7 +25,7 @@ def test_text_of_users_and_models_never_becomes_the_pages_own_markup() -> None:
         + render.sidebar([ConversationSummary(EVIL, EVIL)], EVIL, EN)
         + render.topbar(EVIL, EN)
         + render.welcome(tasks, EN)
-        + render.beacon(conversation, "idle", EN, EVIL)
+        + render.beacon(conversation, EN, EVIL)
         + render.notice(EVIL, EN)
     )
     assert "<img" not in everything
@@ -65,3 +68,24 @@ def test_each_error_code_has_words_for_people_in_both_languages() -> None:
     for code in ("overloaded", "context_length_exceeded", "engine_failed", "timeout", "conflict", "never_heard_of"):
         for words in (EN, ZH):
             assert len(render.friendly(code, words)) > 15
+
+
+@pytest.mark.parametrize("words", [EN, ZH])
+def test_stopped_reply_carries_its_receipt(words: Strings) -> None:
+    conversation = Conversation("c", turns=(Turn("t", "q", variants=(Variant("r", "x", state="stopped"),)),))
+
+    def note(receipt: Stopped | None) -> str:
+        return _markup(render.messages(conversation, TASKS, words, {}, Update(conversation, False, receipt=receipt)))
+
+    assert words.stopped_receipt.format(tokens=12, ms=35) in note(Stopped(12, 88, 34.6))
+    assert words.stopped_after.format(tokens=12) in note(Stopped(12, 88))
+    assert words.stopped in note(None)
+
+
+def test_reply_that_is_being_written_is_shown_as_such_and_found_by_the_script() -> None:
+    running = Conversation("c", turns=(Turn("t", "q", variants=(Variant("r", "", state="running"),)),))
+    markup = _markup(render.messages(running, TASKS, EN, {}))
+    assert 'data-c="c"' in markup
+    assert EN.thinking in markup
+    assert 'data-state="running"' in render.beacon(running, EN)
+    assert 'data-state="idle"' in render.beacon(running, EN, over=True)

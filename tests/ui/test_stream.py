@@ -6,7 +6,7 @@ import pytest
 
 from onebox.errors import EngineFailed
 from onebox.events import Event, Progress, TextDelta
-from ui.stream import Pace, Stops, coalesce
+from ui.stream import Pace, Seats, coalesce
 
 
 class Source:
@@ -56,13 +56,13 @@ async def test_progress_does_not_wait_for_the_pace() -> None:
     assert [event for batch in got for event in batch] == [Progress(0, 2, "a"), Progress(1, 2, "b")]
 
 
-async def test_stop_ends_the_stream_at_once_and_leaves_the_source() -> None:
-    source, stop, got = Source(), asyncio.Event(), list[list[Event]]()
+async def test_leaving_ends_the_stream_at_once_and_leaves_the_source() -> None:
+    source, left, got = Source(), asyncio.Event(), list[list[Event]]()
     source.put(TextDelta("a"))
-    async with asyncio.timeout(5), aclosing(coalesce(source.events(), Pace(60, 0), stop)) as batches:
+    async with asyncio.timeout(5), aclosing(coalesce(source.events(), Pace(60, 0), left)) as batches:
         async for batch in batches:
             got.append(batch)
-            stop.set()
+            left.set()
     assert _text(got) == "a"
     assert source.closed.is_set()
 
@@ -111,12 +111,23 @@ def test_interval_grows_with_the_streams_that_run() -> None:
     assert pace.interval_s == 0.06
 
 
+async def test_end_does_not_wait_for_the_pace() -> None:
+    source, got = Source(), list[list[Event]]()
+    source.put(TextDelta("a"))
+    async with asyncio.timeout(5), aclosing(coalesce(source.events(), Pace(60, 0), asyncio.Event())) as batches:
+        async for batch in batches:
+            got.append(batch)
+            if len(got) == 1:
+                source.put(TextDelta("b"), None)
+    assert _text(got) == "ab"
+
+
 def test_a_new_stream_of_a_session_ends_the_one_before() -> None:
-    stops = Stops()
-    with stops.running("s") as first:
-        with stops.running("s") as second:
-            assert first.is_set()
-            assert not second.is_set()
-            assert not stops.is_current("s", first)
-        assert not stops.stop("s")
-    assert not stops.stop("other")
+    seats = Seats()
+    with seats.take("s") as first:
+        with seats.take("s") as second:
+            assert first.left.is_set()
+            assert not first.stopped
+            assert not second.left.is_set()
+            assert seats.of("s") is second
+        assert seats.of("s") is None

@@ -1,5 +1,6 @@
-// The page's own behaviour: what needs no server (menus, theme, starters), and the way of clicks on the page's own
-// markup to Gradio (`onebox_ask`, `onebox_act`, set by the bridge component).
+// The page's own behaviour: what needs no server (menus, theme, starters), the way of clicks on the page's own markup to
+// Gradio (`onebox_ask`, `onebox_act`, `onebox_follow`, set by the bridge component), and what the browser keeps while
+// the page's process is away: the conversation in the address, the unsent text and the message on its way in the tab.
 (() => {
   "use strict";
   if (window.onebox) return; // Gradio runs scripts of the head twice
@@ -7,19 +8,52 @@
     get: (key) => { try { return localStorage.getItem("onebox." + key); } catch { return null; } },
     set: (key, value) => { try { localStorage.setItem("onebox." + key, value); } catch { /* private window */ } },
   };
+  // Of this tab alone: `draft` is the text in the box; `sent` a message that may not have reached the server.
+  const tab = {
+    get: (key) => { try { return JSON.parse(sessionStorage.getItem("onebox." + key)); } catch { return null; } },
+    set: (key, value) => { try { sessionStorage.setItem("onebox." + key, JSON.stringify(value)); } catch { /* full */ } },
+    drop: (key) => { try { sessionStorage.removeItem("onebox." + key); } catch { /* private window */ } },
+  };
   const $ = (selector) => document.querySelector(selector);
   // Gradio scopes the page's styles to its container, so states that styles read are marked inside it.
   const app = () => $("#ob-app");
+  const conversation = () => new URLSearchParams(location.search).get("c") ?? "";
+  const locate = (c) => {
+    if (c === conversation()) return;
+    const url = new URL(location.href);
+    if (c) url.searchParams.set("c", c);
+    else url.searchParams.delete("c");
+    history.replaceState(history.state, "", url);
+  };
+  const newKey = () => Array.from(crypto.getRandomValues(new Uint8Array(16)), (n) => n.toString(16).padStart(2, "0")).join("");
+  let again = null; // a message that came back into the box after a reload, and its key
+
   window.onebox = {
     language: () => store.get("lang"),
+    conversation,
     // An exchange begins: until the server has spoken, the page itself shows that it runs.
-    begin: (sent) => {
+    begin: () => {
       app().dataset.obState = "running";
+      app().classList.remove("ob-following");
       const log = $("#ob-chat .bubble-wrap");
       if (log) log.scrollTop = log.scrollHeight;
-      if (sent) fill("");
+    },
+    // The message in the box goes out under a key of its own, which it keeps if it has to be sent once more.
+    send: (inputs) => {
+      const [current, lang, shown, text, task] = inputs;
+      if (!text.trim() || app().dataset.obState === "running") return [current, lang, shown, "", task, ""];
+      const same = again && again.text === text && again.c === conversation();
+      const key = same ? again.key : newKey();
+      again = null;
+      tab.set("sent", { text, key, c: conversation(), turns: turns() });
+      window.onebox.begin();
+      fill("");
+      return [current, lang, shown, text, task, key];
     },
   };
+
+  const mark = () => $("#ob-beacon [data-state]");
+  const turns = () => Number(mark()?.dataset.turns ?? 0);
 
   const setTheme = (dark) => document.body.classList.toggle("dark", dark);
   const systemDark = matchMedia("(prefers-color-scheme: dark)");
@@ -145,27 +179,81 @@
     if (text) setTimeout(() => { live.textContent = text; }, 50);
   };
 
+  // A restart of the page's process: wait for it, then load anew. The address and the tab keep what is not stored.
+  let away = false;
+  const leave = () => {
+    if (away) return;
+    away = true;
+    const note = document.createElement("p");
+    note.className = "ob-away";
+    note.setAttribute("role", "status");
+    note.textContent = mark()?.dataset.away ?? "";
+    app().classList.add("ob-is-away");
+    $("#ob-composer")?.prepend(note);
+    const look = async () => {
+      try {
+        if ((await fetch("healthz", { cache: "no-store" })).ok) { location.reload(); return; }
+      } catch { /* still away */ }
+      setTimeout(look, 400);
+    };
+    look();
+  };
+  const watchConnection = () => {
+    for (const toast of document.querySelectorAll("[data-testid=toast-body].error")) {
+      if (!/connection/i.test(toast.textContent)) continue;
+      (toast.closest(".toast-wrap") ?? toast).style.display = "none";
+      leave();
+    }
+  };
+
+  const box = () => $("#ob-input textarea");
+  const keepDraft = () => { if (box()) tab.set("draft", box().value); };
+  const restore = () => {
+    const sent = tab.get("sent");
+    let text = tab.get("draft") ?? "";
+    tab.drop("sent");
+    if (sent && turns() <= sent.turns) {
+      again = sent;
+      text = text ? `${sent.text}\n\n${text}` : sent.text;
+    }
+    if (text) fill(text);
+  };
+
   let seen = "";
+  let first = true;
   const read = () => {
-    const mark = $("#ob-beacon [data-state]");
-    if (!mark || mark.outerHTML === seen) return;
-    seen = mark.outerHTML;
-    const { c, state, lang, chatLabel } = mark.dataset;
+    watchConnection();
+    const here = app()?.dataset.obState === "running" && $("#ob-chat [data-c]");
+    if (here) learn(here.dataset.c);
+    const found = mark();
+    if (!found || found.outerHTML === seen) return;
+    seen = found.outerHTML;
+    const { c, state, lang, chatLabel } = found.dataset;
     document.documentElement.lang = lang;
     app().dataset.obState = state;
-    const url = new URL(location.href);
-    if (c) url.searchParams.set("c", c);
-    else if (state === "idle") url.searchParams.delete("c");
-    history.replaceState(history.state, "", url);
-    announce(mark.dataset.announce);
+    app().classList.toggle("ob-following", state === "running");
+    locate(c);
+    announce(found.dataset.announce);
     const log = $("#ob-chat [role=log]");
     if (log) { log.setAttribute("aria-live", "off"); log.setAttribute("aria-label", chatLabel); }
     app().classList.add("ob-ready");
+    if (first) restore();
+    else if (state === "idle") tab.drop("sent");
+    first = false;
+    if (state === "running") window.onebox_follow(c);
+  };
+  // A new chat has its address as soon as it has an id, so that a reload finds the reply.
+  const learn = (c) => {
+    locate(c);
+    const sent = tab.get("sent");
+    if (sent && sent.c !== c) tab.set("sent", { ...sent, c });
   };
 
   const start = () => {
     document.body.append(live);
     applyTheme();
+    document.addEventListener("input", (event) => { if (event.target === box()) keepDraft(); });
+    window.addEventListener("pagehide", keepDraft);
     new MutationObserver(read).observe(document.body, { childList: true, subtree: true, attributes: true, attributeFilter: ["data-stamp"] });
     read();
   };
