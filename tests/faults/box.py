@@ -33,7 +33,7 @@ KEY: Final = "ob-faults-key-0123456789abcdef"
 TENANT: Final = "default"
 REPLICAS: Final = 2
 WORKERS: Final = 2
-READY_WITHIN_S: Final = 180.0
+READY_WITHIN_S: Final = 300.0
 
 
 class Box(ABC):

@@ -227,8 +227,10 @@ def _check_conversations(attempts: Sequence[Attempt], snapshot: Snapshot, report
     for identifier, messages in sent.items():
         turns = snapshot.conversations.get(identifier, ())
         stored = [turn.user for turn in turns]
+        # Without a key, a message that was refused and sent again is another message.
+        again = {attempt.prompt for attempt in messages if attempt.key is None and attempt.refusals}
         for prompt, times in Counter(stored).items():
-            if times > 1:
+            if times > 1 and prompt not in again:
                 report.add("I3", identifier, f"{prompt[:60]!r} is there {times} times", "duplicates")
         for attempt in messages:
             if attempt.acknowledged and attempt.prompt not in stored:

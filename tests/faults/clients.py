@@ -25,10 +25,18 @@ TURNS_PER_CONVERSATION: Final = 5
 FORGOTTEN_AFTER: Final = 4
 AWAY: Final = "store_unavailable"
 TERMINAL: Final = frozenset({"response.completed", "response.incomplete", "response.failed"})
-KINDS: Final[Sequence[Kind]] = ("responses", "leaver", "canceller", "task", "chat", "chat_keyed", "chat_leaver")
-WEIGHTS: Final = (34, 22, 10, 10, 8, 10, 6)
+WEIGHTS: Final[dict[Kind, int]] = {
+    "responses": 30,
+    "leaver": 20,
+    "resender": 6,
+    "canceller": 10,
+    "task": 10,
+    "chat": 8,
+    "chat_keyed": 10,
+    "chat_leaver": 6,
+}
 BEFORE, LAST = -2, -1  # before the first event came; at the last one
-LEAVE_AT: Final = (BEFORE, 0, 1, 12, LAST)
+LEAVE_AT: Final = (0, 1, 12, LAST)
 WORDS: Final = ("river", "lamp", "stone", "paper", "winter", "market", "letter", "garden", "window", "bridge")
 CHINESE: Final = "请写一段关于河流和早晨的话"
 
@@ -90,7 +98,7 @@ class User:
 
     async def _next(self) -> Attempt | None:
         draw = self._random
-        kind = draw.choice(self._kinds) if self._kinds else draw.choices(KINDS, WEIGHTS)[0]
+        kind = draw.choice(self._kinds) if self._kinds else draw.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
         number, self._turns = self._turns, self._turns + 1
         words = " ".join(draw.choices(WORDS, k=draw.randrange(4, 12)))
         nonce = f"{self._seed}-{self.number}-{number}"
@@ -121,6 +129,7 @@ class User:
             await self._chat(attempt)
             return
         leave_at = self._random.choice(LEAVE_AT) if attempt.kind == "leaver" else None
+        leave_at = BEFORE if attempt.kind == "resender" else leave_at
         cancel_at = self._random.randrange(2, 30) if attempt.kind == "canceller" else None
         second = self._random.random() < 0.2
         async with asyncio.TaskGroup() as group:

@@ -5,7 +5,7 @@ from typing import Literal
 
 from onebox.events import Event
 
-Kind = Literal["responses", "leaver", "canceller", "task", "chat", "chat_keyed", "chat_leaver"]
+Kind = Literal["responses", "leaver", "resender", "canceller", "task", "chat", "chat_keyed", "chat_leaver"]
 Ended = Literal["terminal", "left", "broken"]
 
 

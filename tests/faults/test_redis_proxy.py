@@ -40,8 +40,16 @@ def client(direct: redis.Redis, proxy: RedisProxy) -> Iterator[redis.Redis]:
         yield through
 
 
-def client_of(url: str) -> redis.Redis:
-    return redis.Redis.from_url(url, protocol=2, socket_timeout=0.5, retry=Retry(NoBackoff(), 0))
+@pytest.fixture
+def hasty(direct: redis.Redis, proxy: RedisProxy) -> Iterator[redis.Redis]:
+    """A client that does not wait long."""
+    password = direct.connection_pool.connection_kwargs["password"]
+    with closing(client_of(f"redis://:{password}@127.0.0.1:{proxy.port}/0", 0.5)) as through:
+        yield through
+
+
+def client_of(url: str, timeout_s: float = 10.0) -> redis.Redis:
+    return redis.Redis.from_url(url, protocol=2, socket_timeout=timeout_s, retry=Retry(NoBackoff(), 0))
 
 
 def sets(command: Command) -> bool:
@@ -84,12 +92,12 @@ def test_what_a_server_publishes_is_no_reply() -> None:
 def test_pipelines_and_published_messages_pass_unchanged(proxy: RedisProxy, client: redis.Redis) -> None:
     with client.pubsub() as listener, client.pipeline(transaction=True) as pipeline:
         listener.subscribe("a", "b")
-        assert [listener.get_message(timeout=2)["channel"] for _ in range(2)] == [b"a", b"b"]
+        assert [listener.get_message(timeout=10)["channel"] for _ in range(2)] == [b"a", b"b"]
         for number in range(200):
             pipeline.rpush("list", f"{number}\r\n*1")
         pipeline.publish("b", b"\r\n$5\r\n")
         pipeline.execute()
-        told = listener.get_message(timeout=2)
+        told = listener.get_message(timeout=10)
     assert told is not None
     assert told["data"] == b"\r\n$5\r\n"
     assert client.lrange("list", -1, -1) == [b"199\r\n*1"]
@@ -97,15 +105,15 @@ def test_pipelines_and_published_messages_pass_unchanged(proxy: RedisProxy, clie
 
 
 def test_a_reply_dropped_after_the_commit_leaves_the_write_behind(
-    proxy: RedisProxy, client: redis.Redis, direct: redis.Redis
+    proxy: RedisProxy, hasty: redis.Redis, direct: redis.Redis
 ) -> None:
     for fate in ("drop_reply", "lose_reply"):
         trap = proxy.trap(Trap(fate, sets))  # type: ignore[arg-type]  # one of the literals
         with pytest.raises((redis.ConnectionError, redis.TimeoutError)):
-            client.set(fate, "x")
+            hasty.set(fate, "x")
         assert trap.sprung.is_set()
         assert direct.get(fate) == b"x"
-        client.set("after", fate)
+        hasty.set("after", fate)
         assert direct.get("after") == fate.encode()
 
 
@@ -128,12 +136,12 @@ def test_a_full_store_refuses_in_its_own_words(proxy: RedisProxy, client: redis.
 
 
 def test_a_held_link_delivers_late_even_what_its_sender_gave_up(
-    proxy: RedisProxy, client: redis.Redis, direct: redis.Redis
+    proxy: RedisProxy, hasty: redis.Redis, direct: redis.Redis
 ) -> None:
-    client.ping()
+    hasty.ping()
     proxy.set_link("held")
     with pytest.raises(redis.TimeoutError):
-        client.set("late", "x")
+        hasty.set("late", "x")
     assert direct.get("late") is None
     proxy.set_link("up")
     arrived = threading.Event()
@@ -146,14 +154,14 @@ def test_a_held_link_delivers_late_even_what_its_sender_gave_up(
 
 
 def test_a_black_hole_takes_everything_and_its_connections_are_cut_at_its_end(
-    proxy: RedisProxy, client: redis.Redis, direct: redis.Redis
+    proxy: RedisProxy, hasty: redis.Redis, direct: redis.Redis
 ) -> None:
-    client.ping()
+    hasty.ping()
     proxy.set_link("blackhole")
     with pytest.raises(redis.TimeoutError):
-        client.set("gone", "x")
+        hasty.set("gone", "x")
     proxy.set_link("up")
-    client.set("back", "x")
+    hasty.set("back", "x")
     assert direct.mget("gone", "back") == [None, b"x"]
 
 
