@@ -312,7 +312,6 @@ async def test_call_that_waits_for_its_first_token_can_be_aborted(start: Start) 
 async def test_call_that_waits_for_an_engine_can_be_aborted(start: Start) -> None:
     replica = start()
     async with client_of(replica) as client:
-        reasons: list[str] = []
         call = call_of(resume=(1, 2, 3))
         replica.child.kill()
         reading = asyncio.create_task(read(client, call))
@@ -320,7 +319,20 @@ async def test_call_that_waits_for_an_engine_can_be_aborted(start: Start) -> Non
         assert await client.abort(call.request_id) == Receipt(3, None)
         with pytest.raises(EngineFailed, match="stopped"):
             await reading
-        assert reasons == []
+
+
+async def test_call_that_a_frozen_replica_does_not_answer_can_be_aborted(start: Start) -> None:
+    replica = start()
+    async with client_of(replica) as client:
+        assert (await client.readiness(5.0))[0] == "ready"
+        replica.signal(signal.SIGSTOP)
+        call = call_of()
+        reading = asyncio.create_task(read(client, call))
+        await asyncio.sleep(0)
+        assert await client.abort(call.request_id) == Receipt(0, None)
+        with pytest.raises(EngineFailed, match="stopped"):
+            async with asyncio.timeout(20):
+                await reading
 
 
 async def test_abort_ends_a_call_whose_replica_is_dead(start: Start) -> None:
