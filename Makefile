@@ -49,6 +49,9 @@ test: $(STAMP) ## all tests, with a real model, a real store and a real browser
 bench: $(STAMP) ## measure against peers; writes docs/benchmarks.md
 	$(RUN) -m tests.bench $(ARGS)
 
+faults: $(STAMP) ## let a storm of faults loose on the whole product: make faults [ARGS="--seed 7 --faults 500"]
+	$(RUN) -m tests.faults $(ARGS)
+
 docs: $(STAMP) ## write the generated pages
 	$(RUN) -m deploy settings > docs/settings.md
 

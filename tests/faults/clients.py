@@ -20,6 +20,7 @@ from tests.faults.undisturbed import RAW_MODEL
 
 PATIENCE_S: Final = 120.0
 RETRY_S: Final = 0.15
+REFUSED_S: Final = 0.5
 SILENCE_S: Final = 40.0  # pings come every 15 s: a connection without any for this long is dead
 TURNS_PER_CONVERSATION: Final = 5
 FORGOTTEN_AFTER: Final = 4
@@ -350,7 +351,7 @@ async def _refused(answer: aiohttp.ClientResponse, attempt: Attempt) -> bool:
         attempt.refusals.append(f"{answer.status} {code}")
     again = answer.status in (409, 429) or answer.status >= 500
     if again:
-        await asyncio.sleep(RETRY_S)
+        await asyncio.sleep(RETRY_S if answer.status == 409 else REFUSED_S)
     else:
         attempt.rejected = attempt.refusals[-1] if attempt.refusals else str(answer.status)
     return again

@@ -5,6 +5,7 @@ import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -17,6 +18,7 @@ from tests.faults.history import Attempt
 from tests.faults.undisturbed import Undisturbed
 
 USERS: Final = 24
+BACK_WITHIN_S: Final = 120.0
 GAP_S: Final = 0.3  # a reply that pauses longer than this after a fault was touched by it
 FIGURES: Final = (
     "lost",
@@ -104,7 +106,9 @@ async def storm(box: Box, plan: Plan, say: Callable[[str], None] = lambda _: Non
         while len(injector.done) < plan.faults and time.monotonic() - began < plan.within_s:
             fault = next(schedule)
             await asyncio.sleep(fault.after_s)
-            await injector.inject(fault)
+            if await injector.inject(fault) and (fault.act, fault.role) == ("kill", "supervisor"):
+                with suppress(RuntimeError):  # everything is gone; without victims there are no faults
+                    await asyncio.to_thread(box.wait_until_ready, BACK_WITHIN_S)
             say(f"{time.monotonic() - began:7.1f} s  {len(injector.done):4} {fault.name}")
         storm_s = time.monotonic() - began
         await injector.calm()

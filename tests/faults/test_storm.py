@@ -12,7 +12,7 @@ from tests.faults.__main__ import PACE
 from tests.faults.box import FullBox
 from tests.faults.storm import FIGURES, Plan, storm
 
-SEED = 20261126
+SEED = 53  # one killed supervisor, and all but a few kinds of faults
 
 
 @pytest.mark.timeout(900)
