@@ -22,7 +22,7 @@ from tests.faults.scripts import name_of
 
 Moment = Literal["before", "after"]
 LEASES: Final = f"onebox:{{{TENANT}}}:leases"
-FIRST_OWNERS: Final = 3  # appends of the first owner before it dies
+FIRST_OWNERS: Final = 1  # appends of the first owner before it dies
 DONE_WITHIN_S: Final = 60.0
 
 
@@ -30,7 +30,7 @@ DONE_WITHIN_S: Final = 60.0
 class Point:
     """The `number`-th time (from 0) that `script` is run for the message `nonce`, and the moment of the crash there.
 
-    `script` None only counts. With `later` the worker that has the run dies at its fourth append first, and counting
+    `script` None only counts. With `later` the worker that has the run dies at its second append first, and counting
     begins then: it is the next owner's commands that are struck, from its takeover on.
     """
 
