@@ -83,11 +83,12 @@ class Executor:
 
 @dataclass(frozen=True, slots=True)
 class Before:
-    """What an earlier owner left of a run."""
+    """What an earlier owner left of a run. `refusal` ends it instead of going on."""
 
     events: Sequence[Event] = ()
     entries: Sequence[Entry] = ()
     taken_over: bool = False
+    refusal: OneboxError | None = None
 
 
 @dataclass(slots=True)
@@ -201,6 +202,8 @@ class Execution:
             return _failed(self._defect())
 
     async def _execute(self) -> Completed:
+        if self._before.refusal is not None:
+            raise self._before.refusal
         async with asyncio.timeout(max(0.0, self._deadline - time.time())):
             async with aclosing(self._events()) as events:
                 async for event in events:

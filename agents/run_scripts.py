@@ -1,12 +1,15 @@
 """The Lua of the run log: each script is one step for every reader and writer, so no crash leaves half of one.
 
-Every script may be sent again after its reply was lost: it finds its own work done and answers the same. Times are
-milliseconds of the store's own clock, so that no worker's clock matters. A run's keys and its conversation's share the
-tenant's hash tag, so a Redis cluster runs these too. What the replies mean is in `agents.run_store`.
+Every script may be sent again after its reply was lost: it finds its own work done and answers the same. What ends,
+stops, renews or takes over a run may exceed the store's memory limit, for a run that cannot go on for lack of memory
+must still be able to end. Times are milliseconds of the store's own clock, so that no worker's clock matters. A run's
+keys and its conversation's share the tenant's hash tag, so a Redis cluster runs these too. What the replies mean is in
+`agents.run_store`.
 """
 
 from typing import Final
 
+_ALLOWED: Final = "#!lua flags=allow-oom"
 _NOW_MS: Final = """
 local function now_ms()
   local time = redis.call('TIME')
@@ -108,7 +111,6 @@ return run[4]
 # KEYS: run, events, journal, leases, idempotency; for a turn also conversation, variants, lock, index.
 # ARGV: owner, epoch, events stored before, run id, state, now µs, keep s, retry (1: the key may be used again),
 # has key, variant JSON, conversation id, events.... A conversation deleted meanwhile stays deleted.
-# It may exceed the store's memory limit: a run that cannot go on for lack of memory must still be able to end.
 END_RUN: Final = """#!lua flags=allow-oom
 local run = redis.call('HMGET', KEYS[1], 'owner', 'epoch', 'state')
 if run[1] ~= ARGV[1] or run[2] ~= ARGV[2] then return 'lost' end
@@ -137,7 +139,7 @@ return 'ok'
 """
 
 # KEYS: run, leases. ARGV: run id, owner, epoch, lease ms (0 gives the run away). Answers as APPEND does.
-RENEW: Final = f"""{_NOW_MS}
+RENEW: Final = f"""{_ALLOWED}{_NOW_MS}
 local run = redis.call('HMGET', KEYS[1], 'owner', 'epoch', 'state', 'stop')
 if run[1] ~= ARGV[2] or run[2] ~= ARGV[3] or run[3] ~= 'running' then return 'lost' end
 redis.call('ZADD', KEYS[2], ARGV[4] == '0' and 0 or now_ms() + tonumber(ARGV[4]), ARGV[1])
@@ -146,7 +148,7 @@ return run[4]
 
 # KEYS: leases. ARGV: prefix of run keys, new owner, lease ms, most runs, run id or '' (this one, whatever its lease).
 # Answers run id and epoch in turns.
-TAKE: Final = f"""{_NOW_MS}
+TAKE: Final = f"""{_ALLOWED}{_NOW_MS}
 local now, taken = now_ms(), {{}}
 local due = {{ARGV[5]}}
 if ARGV[5] == '' then due = redis.call('ZRANGEBYSCORE', KEYS[1], '-inf', now, 'LIMIT', 0, ARGV[4]) end
@@ -165,7 +167,7 @@ return taken
 """
 
 # KEYS: run. ARGV: run id, prefix of the workers' channels. Answers the run's state before, or 'unknown'.
-STOP: Final = """
+STOP: Final = """#!lua flags=allow-oom
 local run = redis.call('HMGET', KEYS[1], 'state', 'owner')
 if not run[1] or run[1] == 'void' then return 'unknown' end
 if run[1] == 'running' then
@@ -177,7 +179,7 @@ return run[1]
 
 # KEYS: run, events, journal, leases, idempotency; for a turn also conversation, turns, order, variants, lock.
 # ARGV: run id, owner, keep-out s. Takes back a BEGIN_RUN whose reply never came, before or after it happens.
-UNDO: Final = """
+UNDO: Final = """#!lua flags=allow-oom
 local run = redis.call('HMGET', KEYS[1], 'state', 'owner', 'epoch', 'turn')
 if not run[1] then
   redis.call('HSET', KEYS[1], 'state', 'void')

@@ -45,7 +45,8 @@ POLL_IDLE_AFTER: Final = 25
 REAP_S: Final = 0.8
 STOP_WAIT_S: Final = 1.0
 STOP_FORCED_S: Final = 5.0
-UNDO_PAUSES_S: Final = (0.2, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+SETTLE_PAUSES_S: Final = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+EPOCHS_MAX: Final = 16
 RELEASE_S: Final = 2.0
 
 logger = logging.getLogger(__name__)
@@ -120,7 +121,7 @@ class Runs:
             try:
                 begun = await self._store.begin(request, turn, idempotency)
             except StoreUnavailable:
-                self._spawn(self._undo(request, turn))
+                self._spawn(self._settle(request, turn))
                 raise
             if begun.joined:
                 place = (begun.conversation_id, begun.turn_id, begun.created)
@@ -392,12 +393,13 @@ class Runs:
                     execution.abandon()
 
     async def _reap(self) -> None:
-        while True:
+        while self._settings.log_enabled:
             try:
                 for tenant in await self._store.tenants():
                     while taken := await self._store.take(tenant):
                         for run_id, epoch in taken:
-                            await self._take_over(tenant, run_id, epoch)
+                            with suppress(StoreUnavailable):  # its lease ends again
+                                await self._take_over(tenant, run_id, epoch)
             except StoreUnavailable:
                 pass
             except Exception:
@@ -408,28 +410,39 @@ class Runs:
         """Go on with a run whose owner is gone."""
         record = await self._store.record(tenant, run_id)
         events, journal = await self._store.log(tenant, run_id)
+        refusal: OneboxError | None = None
+        if epoch > EPOCHS_MAX:
+            refusal = Internal(
+                f"The run was given up: {epoch - 1} server processes ended while they worked on it. Its text is kept."
+            )
         held = self._executions.get((tenant, run_id))
         if held is not None:
             held.abandon()
         logger.warning("Run %s goes on here, as epoch %d", run_id, epoch)
         self._executor.metrics.takeovers.inc()
         tail = Tail(self._settings.reader_buffer_bytes, len(events))
-        before = Before(events, decode_entries(journal), taken_over=True)
+        before = Before(events, decode_entries(journal), taken_over=True, refusal=refusal)
         messages = await self._messages(record)
         execution = self._execute(record.request, messages, epoch, record.created, before, tail, len(journal))
         if record.stopping:
             execution.stop()
 
-    async def _undo(self, request: RunRequest, turn: TurnRequest | None) -> None:
-        """Take back a run whose start was answered with an error, so that sending it again does not double it."""
-        if turn is not None and turn.mode == "edit":
-            return  # what the edit removed cannot be brought back: the run is executed when its lease is over
-        for pause_s in UNDO_PAUSES_S:
-            try:
-                await self._store.undo(request)
-                return
-            except StoreUnavailable:
-                await asyncio.sleep(pause_s)
+    async def _settle(self, request: RunRequest, turn: TurnRequest | None) -> None:
+        """Make sense of a start whose answer never came, so that sending it again does not double it.
+
+        With an idempotency key the run is executed: whoever asks again joins it. Without, it is taken back, unless it
+        replaced a turn, which cannot be brought back.
+        """
+        keep = request.idempotency_key is not None or (turn is not None and turn.mode == "edit")
+        for pause_s in SETTLE_PAUSES_S:
+            with suppress(StoreUnavailable):
+                if not keep:
+                    await self._store.undo(request)
+                    return
+                for run_id, epoch in await self._store.take(request.tenant, request.run_id):
+                    await self._take_over(request.tenant, run_id, epoch)
+                    return
+            await asyncio.sleep(pause_s)
 
     async def _listen(self) -> None:
         """Stop runs of this worker when another one is asked to."""

@@ -3,6 +3,7 @@
 It knows keys and scripts, not what they mean; that is in `agents.conversations` and `agents.keys`.
 """
 
+import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from hashlib import sha1
@@ -17,6 +18,7 @@ from onebox.errors import SetupError, StoreUnavailable
 from onebox.settings import Settings
 
 RETRY_AFTER_S: Final = 2.0
+TRIES: Final = 2
 # Redis answers these while it cannot take a write (disk full, replica, no memory, starting).
 _AWAY: Final = (
     exceptions.ConnectionError,
@@ -52,13 +54,14 @@ class Store:
         if settings.redis_url is None:
             raise SetupError("No store: ONEBOX_REDIS_URL is not set. Start with `python -m deploy up`, or set it.")
         url, timeout_s = settings.redis_url, settings.redis_timeout_s
+        self._limit_s = TRIES * timeout_s
         try:
             self._redis: Redis = Redis.from_url(
                 url,
                 socket_timeout=timeout_s,
                 socket_connect_timeout=timeout_s,
                 # redis-py's default retry turns a 1 s timeout into 15.7 s.
-                retry=Retry(NoBackoff(), 1),
+                retry=Retry(NoBackoff(), TRIES - 1),
                 max_connections=512,
                 protocol=2,
             )
@@ -67,7 +70,7 @@ class Store:
 
     async def ping(self) -> None:
         """Return once the store answers."""
-        await _guard(lambda: self._redis.ping())
+        await _guard(lambda: self._redis.ping(), self._limit_s)
 
     async def run(self, script: str, keys: Sequence[str], args: Sequence[Argument]) -> Any:
         """The reply of a Lua script, which Redis executes as one step."""
@@ -79,7 +82,7 @@ class Store:
 
         A call that the store refused for now, e.g. for lack of memory, answers a `StoreUnavailable`; alone, it raises.
         """
-        replies = await _guard(lambda: self._evaluate(calls))
+        replies = await _guard(lambda: self._evaluate(calls), self._limit_s)
         away = [reply for reply in replies if isinstance(reply, StoreUnavailable)]
         if away and len(calls) == 1:
             raise away[0]
@@ -104,9 +107,9 @@ class Store:
         """The messages published to `channel`; one sent while the store is away is lost."""
         subscriber = self._redis.pubsub(ignore_subscribe_messages=True)
         try:
-            await _guard(lambda: subscriber.subscribe(channel))
+            await _guard(lambda: subscriber.subscribe(channel), self._limit_s)
             while True:
-                message = await _guard(lambda: subscriber.get_message(timeout=_LISTEN_S))
+                message = await _guard(lambda: subscriber.get_message(timeout=_LISTEN_S), None)
                 if message is not None:
                     yield message["data"]
         finally:
@@ -121,17 +124,17 @@ class Store:
                     pipeline.execute_command(*command)
                 return list(await pipeline.execute())
 
-        replies: list[Any] = await _guard(execute)
+        replies: list[Any] = await _guard(execute, self._limit_s)
         return replies
 
     async def hash_get(self, key: str, field: str) -> bytes | None:
         """One field of a hash."""
-        value: bytes | None = await _guard(lambda: self._redis.hget(key, field))
+        value: bytes | None = await _guard(lambda: self._redis.hget(key, field), self._limit_s)
         return value
 
     async def hash_set(self, key: str, field: str, value: str | bytes) -> None:
         """Set one field of a hash."""
-        await _guard(lambda: self._redis.hset(key, field, value))
+        await _guard(lambda: self._redis.hset(key, field, value), self._limit_s)
 
     async def close(self) -> None:
         """Close every connection."""
@@ -158,11 +161,13 @@ def _checked(reply: Any) -> Any:
     raise reply
 
 
-async def _guard(operation: Callable[[], Any]) -> Any:
+async def _guard(operation: Callable[[], Any], limit_s: float | None) -> Any:
+    """The result of `operation`; what a new connection needs counts towards `limit_s` too."""
     try:
-        result = operation()
-        return await result if isinstance(result, Awaitable) else result
-    except _AWAY as error:
+        async with asyncio.timeout(limit_s):
+            result = operation()
+            return await result if isinstance(result, Awaitable) else result
+    except (*_AWAY, TimeoutError) as error:
         raise _away() from error
     except exceptions.ResponseError as error:
         if str(error).startswith(_AWAY_PREFIXES):

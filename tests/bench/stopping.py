@@ -27,7 +27,12 @@ ROUNDS = 5
 ABORTS = 1000
 SETTLE_S = 5.0
 TOKEN = "bench-token"
-ENV = {"ONEBOX_ENGINE": "scripted", "ONEBOX_ENGINE_REPLICAS": "2", "ONEBOX_INTERNAL_TOKEN": TOKEN}
+ENV = {
+    "ONEBOX_ENGINE": "scripted",
+    "ONEBOX_ENGINE_REPLICAS": "2",
+    "ONEBOX_INTERNAL_TOKEN": TOKEN,
+    "ONEBOX_SCRIPTED_ITL_MS": "20",
+}
 
 
 async def main() -> None:
