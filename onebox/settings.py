@@ -96,7 +96,9 @@ class Settings(BaseSettings):
     lease_s: float = Field(10.0, gt=0, description="A run whose worker is silent for this long goes to another.")
     lease_renew_s: float = Field(3.0, gt=0, description="Time between two renewals of a lease.")
     log_interval_ms: float = Field(25.0, ge=0, le=30, description="Events of a run are stored together for this long.")
-    log_keep_s: int = Field(86_400, ge=60, description="Run logs and idempotency keys are kept this long after the end.")
+    log_keep_s: int = Field(
+        86_400, ge=60, description="Run logs and idempotency keys are kept this long after the end."
+    )
     log_enabled: bool = Field(True, description="Store runs before they are sent; off only to measure what it costs.")
     store_patience_s: float = Field(10.0, gt=0, description="How long a run waits for a store that is away.")
     reader_buffer_bytes: int = Field(65_536, ge=4096, description="Most bytes of a run kept in memory for its readers.")
