@@ -15,11 +15,11 @@ import aiohttp
 import psutil
 
 from tests.faults import snapshot
-from tests.faults.box import Box, kill, pause, resume
+from tests.faults.box import TENANT, Box, kill, pause, resume
 from tests.faults.checker import Report, check
-from tests.faults.clients import Storefront, users
-from tests.faults.history import Kind
-from tests.faults.redis_proxy import Command, Trap
+from tests.faults.clients import Reader, Storefront, users
+from tests.faults.history import Attempt, Kind
+from tests.faults.redis_proxy import Command, Match, Trap
 from tests.faults.scripts import runs
 from tests.faults.undisturbed import Undisturbed
 
@@ -112,6 +112,22 @@ async def engine_dies(box: Box, front: Storefront) -> None:
     await _crowd(front, 8, 1, ("responses",), faults())
 
 
+async def message_is_sent_twice_while_the_store_is_mute(box: Box, front: Storefront) -> None:
+    """The store runs the start of a run and its answers are lost; the user, impatient, sends again meanwhile."""
+    for number in range(3):
+        attempt = Attempt(number, "responses", "chat", f"Tell me about rain {number}", 60, f"key-mute-{number}", None)
+        front.attempts.append(attempt)
+        box.proxy.trap(Trap("lose_reply", _of_one_run("BEGIN_RUN"), times=2))
+        async with aiohttp.ClientSession(front.url, headers=front.headers) as http:
+            first, second = Reader(http, front, attempt), Reader(http, front, attempt)
+            sent = asyncio.create_task(first.read())
+            while not await asyncio.to_thread(_stored_key, box, attempt.key):
+                await asyncio.sleep(0.02)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(DONE_WITHIN_S):
+                    await asyncio.gather(sent, second.read())
+
+
 SCENARIOS: Final[dict[str, Scenario]] = {
     # Several tokens to an event: another worker cuts the same text elsewhere, so an event it repeats is seen.
     "a worker dies with a write on its way": Scenario(
@@ -121,7 +137,26 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "a message is sent again": Scenario(message_is_sent_again),
     "the engine is full": Scenario(engine_is_full, QUICK | {"engine_max_ongoing": "1", "engine_max_queued": "0"}),
     "the engine dies": Scenario(engine_dies),
+    "a message is sent twice while the store is mute": Scenario(message_is_sent_twice_while_the_store_is_mute),
 }
+
+
+def _of_one_run(script: str) -> Match:
+    """Matches the script for the first run it is seen with."""
+    begins, found = runs(script), list[bytes]()
+
+    def match(command: Command) -> bool:
+        if not begins(command):
+            return False
+        run = command.arguments[3 + int(command.arguments[2])]
+        found.append(run)
+        return run == found[0]
+
+    return match
+
+
+def _stored_key(box: Box, key: str | None) -> bool:
+    return bool(box.direct.exists(f"onebox:{{{TENANT}}}:idempotency:{key}"))
 
 
 async def _busiest(box: Box) -> psutil.Process:
