@@ -282,7 +282,7 @@ class EngineClient:
         """The response and its first bytes. Only a reply that has begun is worth waiting for a replica."""
         if not course.ids:
             deadline = time.monotonic() + self._settings.first_token_timeout_s
-            return await self._soon(lambda: self._attempt(course, None, deadline))
+            return await self._soon(lambda: self._first(course, deadline))
         ways = iter((way,) if way is not None else ())
 
         async def ask() -> tuple[aiohttp.ClientResponse, bytes]:
@@ -294,6 +294,37 @@ class EngineClient:
             return await self._patiently(course, ask)
         except (EngineFailed, Timeout) as error:
             raise _Lost("refused", error) from error
+
+    async def _first(self, course: _Course, deadline: float) -> tuple[aiohttp.ClientResponse, bytes]:
+        """The first bytes of a reply.
+
+        Where they are late and a replica is found dead, it may be the one that was asked: another is asked instead.
+        """
+        asking = asyncio.create_task(self._attempt(course, None, deadline))
+        watching: asyncio.Task[str] | None = None
+        try:
+            await asyncio.wait((asking,), timeout=self._settings.engine_probe_after_s)
+            if not asking.done():
+                watching = asyncio.create_task(self._another_than_a_dead_one())
+                await asyncio.wait((asking, watching), return_when=asyncio.FIRST_COMPLETED)
+            if asking.done() or watching is None:
+                return asking.result()
+            self._tell(course, "silent")
+            return await self._attempt(course, watching.result(), deadline)
+        finally:
+            asking.cancel()
+            if watching is not None:
+                watching.cancel()
+            await asyncio.gather(*filter(None, (asking, watching)), return_exceptions=True)
+
+    async def _another_than_a_dead_one(self) -> str:
+        """The door of a replica that lives, once one is found that does not."""
+        while True:
+            for door in self._fleet.doors():
+                if not await self._fleet.lives(door) and (other := await self._fleet.another(door)) is not None:
+                    self._fleet.forget(door)
+                    return other
+            await asyncio.sleep(self._settings.engine_probe_after_s)
 
     async def _soon(self, ask: Callable[[], Awaitable[_Answer]]) -> _Answer:
         """The answer after as many attempts as the short budget allows."""

@@ -160,6 +160,19 @@ async def test_reply_goes_on_elsewhere_when_its_replica_is_frozen(start: Start) 
     assert reasons == ["silent"]
 
 
+async def test_reply_begins_elsewhere_when_the_replica_that_was_asked_is_frozen(start: Start) -> None:
+    frozen, other = start(), start()
+    reasons: list[str] = []
+    async with ingress_of(frozen.port) as ingress, client_of(ingress, reasons, engine_probe_timeout_s=0.5) as client:
+        whole = await read(client, call_of())
+        await meet(client, ingress, other, frozen)
+        frozen.signal(signal.SIGSTOP)
+        again = await asyncio.wait_for(read(client, call_of()), 15)
+        frozen.signal(signal.SIGCONT)
+    assert again == whole
+    assert reasons == ["silent"]
+
+
 async def test_frozen_replica_without_another_is_waited_for(start: Start) -> None:
     replica = start()
     reasons: list[str] = []

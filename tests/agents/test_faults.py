@@ -18,7 +18,7 @@ PATH = "/v1/chat/completions"
 @pytest.fixture
 def fragile(valkey: EmbeddedStore, tmp_path: Path) -> Iterator[Stack]:
     """A stack of its own, whose parts may be killed."""
-    with run_stack(Stack(tmp_path, valkey)) as running:
+    with run_stack(Stack(tmp_path, valkey, {"engine_patience_s": "3"})) as running:
         yield running
 
 
