@@ -20,7 +20,7 @@ import httpx
 import psutil
 import redis
 
-from deploy import instance, store
+from deploy import store
 from onebox import sockets
 from tests.faults.balancer import Balancer
 from tests.faults.disk import SmallDisk
@@ -31,6 +31,7 @@ from tests.processes import ROOT
 Role = Literal["replica", "gateway", "page", "store", "controller", "ingress", "supervisor"]
 KEY: Final = "ob-faults-key-0123456789abcdef"
 TENANT: Final = "default"
+MODULES: Final = {"gateway": "agents", "page": "ui"}
 REPLICAS: Final = 2
 WORKERS: Final = 2
 READY_WITHIN_S: Final = 300.0
@@ -208,20 +209,16 @@ class FullBox(Box):
         )
 
     def victims(self, role: Role) -> list[psutil.Process]:
-        """Found below the launcher's process, by what Ray and we call them."""
+        """Found below the launcher's process, by their modules and by what Ray calls them."""
         if role == "store":
             return _processes([self.store.pid])
         if role == "supervisor":
             return _processes([self.launcher.pid])
-        running = instance.read(self.folder / "home")
-        if running is None:
-            return []
-        children = running.children
-        if role == "gateway":
-            return _processes([pid for name, pid in sorted(children.items()) if name.startswith("gateway-")])
-        if role == "page":
-            return _processes([children.get("page")])
-        return [process for process in _below(children.get("engine")) if _ray_role(process) == role]
+        children = _below(self.launcher.pid, recursive=False)
+        if role in MODULES:
+            return [process for process in children if _runs(process, MODULES[role])]
+        engines = [process for process in children if _runs(process, "deploy.fleet")]
+        return [process for engine in engines for process in _below(engine.pid) if _ray_role(process) == role]
 
 
 def kill(process: psutil.Process) -> None:
@@ -253,12 +250,18 @@ def _processes(pids: Sequence[int | None]) -> list[psutil.Process]:
     return found
 
 
-def _below(pid: int | None) -> list[psutil.Process]:
+def _below(pid: int | None, *, recursive: bool = True) -> list[psutil.Process]:
     if pid is None:
         return []
     with suppress(psutil.Error):
-        return sorted(psutil.Process(pid).children(recursive=True), key=lambda process: process.pid)
+        return sorted(psutil.Process(pid).children(recursive=recursive), key=lambda process: process.pid)
     return []
+
+
+def _runs(process: psutil.Process, module: str) -> bool:
+    with suppress(psutil.Error):
+        return process.cmdline()[1:3] == ["-m", module]
+    return False
 
 
 def _ray_role(process: psutil.Process) -> Role | None:

@@ -134,7 +134,7 @@ class _Pipe:
             done = 0
             while (found := command_at(buffer, done)) is not None:
                 arguments, end = found
-                if not self._pass_on(tuple(arguments), bytes(buffer[done:end])):
+                if self.up.transport.is_closing() or not self._pass_on(tuple(arguments), bytes(buffer[done:end])):
                     return
                 done = end
             del buffer[:done]
@@ -197,6 +197,8 @@ class _Pipe:
             return
         if self.proxy.link == "held":
             await self.proxy.healed()
+        if self.down.transport.is_closing():
+            return
         with suppress(ConnectionError):
             self.down.write(data)
             await self.down.drain()
