@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
+from onebox.events import Failed
 from tests.faults import snapshot
 from tests.faults.box import Box
 from tests.faults.checker import Report, check
@@ -61,6 +62,7 @@ class Outcome:
     storm_s: float
     quiet_s: float
     disconnects: int
+    failures: Counter[str]
     gaps: dict[str, list[float]] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
@@ -83,6 +85,8 @@ class Outcome:
                 )
             ),
         ]
+        if self.failures:
+            told.append("runs failed with: " + ", ".join(f"{code} {n}" for code, n in self.failures.most_common()))
         told += [f"{name:40} {counts[name]:6}" for name in FIGURES]
         for role, gaps in sorted(self.gaps.items()):
             told.append(
@@ -129,9 +133,18 @@ async def storm(box: Box, plan: Plan, say: Callable[[str], None] = lambda _: Non
     taken, asked = await asyncio.to_thread(snapshot.read, box, front.attempts)
     expected = await snapshot.expectations(asked, Undisturbed())
     report = check(front.attempts, taken, expected.get)
-    gaps = recovery(front.attempts, injector.done)
+    failures = Counter(run.log[-1].code for run in taken.runs.values() if isinstance(run.log[-1], Failed))
     return Outcome(
-        plan, report, injector.done, injector.skipped, front.attempts, storm_s, quiet_s, front.disconnects, gaps
+        plan=plan,
+        report=report,
+        done=injector.done,
+        skipped=injector.skipped,
+        attempts=front.attempts,
+        storm_s=storm_s,
+        quiet_s=quiet_s,
+        disconnects=front.disconnects,
+        failures=failures,
+        gaps=recovery(front.attempts, injector.done),
     )
 
 
