@@ -15,6 +15,7 @@ BENCHMARKS = {
     "overload": "overload",
     "slow": "slow_readers",
     "blackhole": "black_hole",
+    "continuation": "continuation",
 }
 
 
