@@ -18,7 +18,7 @@ from agents.conversation_scripts import RATE, RENAME
 from agents.store import Store
 from agents.store_keys import ConversationKeys, RunKeys, conversation_index
 from onebox.errors import BadRequest, NotFound, UnknownConversation
-from onebox.events import Routed, TextDelta, Usage, decode, is_terminal
+from onebox.events import Routed, Stopped, TextDelta, Usage, decode, is_terminal
 from onebox.messages import Message, assistant, user
 
 TITLE_MAX: Final = 80
@@ -52,6 +52,7 @@ class Variant:
     error: Fault | None = None
     usage: Usage | None = None
     feedback: Feedback | None = None
+    receipt: Stopped | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,6 +307,7 @@ def _load(raw: bytes, feedback: bytes | None) -> Variant:
         error=Fault(error["code"], error["message"]) if error else None,
         usage=Usage(value["usage"]["prompt_tokens"], value["usage"]["completion_tokens"]) if value["usage"] else None,
         feedback=rating,
+        receipt=Stopped(**value["receipt"]) if value.get("receipt") else None,
     )
 
 

@@ -315,7 +315,8 @@ class EngineClient:
             asking.cancel()
             if watching is not None:
                 watching.cancel()
-            await asyncio.gather(*filter(None, (asking, watching)), return_exceptions=True)
+                await asyncio.gather(watching, return_exceptions=True)
+            await asyncio.gather(asking, return_exceptions=True)
 
     async def _another_than_a_dead_one(self) -> str:
         """The door of a replica that lives, once one is found that does not."""

@@ -253,7 +253,8 @@ class Execution:
             routed = self._seen.routed
             fault = Fault(ended.code, ended.message) if isinstance(ended, Failed) else None
             task = routed.task if routed else None
-            variant = Variant(self._request.run_id, text, task, routed, ended.kind, fault, usage)
+            receipt = ended if isinstance(ended, Stopped) else None
+            variant = Variant(self._request.run_id, text, task, routed, ended.kind, fault, usage, receipt=receipt)
         retry = isinstance(ended, Failed) and ended.retryable and not text
         self.log.end(events, Ending(ended.kind, variant, retry))
 

@@ -8,7 +8,7 @@ from typing import Literal, Self
 
 from pydantic import JsonValue, TypeAdapter
 
-from onebox.events import Routed, Usage
+from onebox.events import Routed, Stopped, Usage
 from onebox.plugin import Example
 
 VariantState = Literal["running", "completed", "failed", "stopped"]
@@ -24,7 +24,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Variant:
-    """One answer to a turn."""
+    """One answer to a turn; `receipt` is there where somebody stopped it."""
 
     run_id: str
     text: str
@@ -34,6 +34,7 @@ class Variant:
     error: Problem | None = None
     usage: Usage | None = None
     feedback: Literal["like", "dislike"] | None = None
+    receipt: Stopped | None = None
 
 
 @dataclass(frozen=True, slots=True)

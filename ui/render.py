@@ -107,7 +107,7 @@ def _answer(
     if variant.state == "running" and not variant.text:
         content.append(_html(_waiting(live, words, conversation)))
     elif variant.state == "stopped":
-        content.append(_html(_note(_stopped(live.receipt if live else None, words))))
+        content.append(_html(_note(_stopped(variant.receipt, words))))
     elif variant.state == "failed":
         content.append(_html(problem(variant.error or Problem("internal_error", ""), words, retry=last)))
     if live is not None and not running:

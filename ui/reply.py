@@ -16,7 +16,7 @@ PENDING = "pending"
 @dataclass(frozen=True, slots=True)
 class Update:
     """The page's new state. `conversation` None: leave what is shown. `waiting_s`: seconds spent on a model that
-    is loading. `unsent`: the message went nowhere and belongs back in the box. `receipt`: how the reply was stopped."""
+    is loading. `unsent`: the message went nowhere and belongs back in the box."""
 
     conversation: Conversation | None
     running: bool
@@ -26,7 +26,6 @@ class Update:
     problem: Problem | None = None
     unsent: bool = False
     cut: bool = False
-    receipt: Stopped | None = None
 
 
 @dataclass(slots=True)
@@ -38,7 +37,6 @@ class Growing:
     progress: Progress | None = None
     checks: tuple[Check, ...] = ()
     cut: bool = False
-    receipt: Stopped | None = None
 
     def take(self, events: Sequence[Event]) -> None:
         """Grow by these events, the next ones of the run."""
@@ -61,8 +59,7 @@ class Growing:
                     self.variant = replace(self.variant, state="completed")
                     self.cut = finish == "length"
                 case Stopped():
-                    self.variant = replace(self.variant, state="stopped")
-                    self.receipt = event
+                    self.variant = replace(self.variant, state="stopped", receipt=event)
                 case Failed(code=code, message=message):
                     self.variant = replace(self.variant, state="failed", error=Problem(code, message))
                 case _:
@@ -92,7 +89,7 @@ class Growing:
         variants = (*others, self.variant)
         shown = replace(turn, variants=variants, chosen=len(variants) - 1)
         conversation = replace(base, turns=(*base.turns, shown))
-        return Update(conversation, self.running, self.progress, self.checks, cut=self.cut, receipt=self.receipt)
+        return Update(conversation, self.running, self.progress, self.checks, cut=self.cut)
 
 
 def running_variant(conversation: Conversation) -> Variant | None:

@@ -172,7 +172,8 @@ async def test_reader_of_another_worker_sees_what_the_owner_wrote(pair: Pair) ->
 
 @pytest.mark.parametrize("index", [0, 1])
 async def test_stop_ends_a_run_with_a_receipt_from_any_worker(pair: Pair, index: int) -> None:
-    run = await pair.clients[0].start(STORY, model="chat", max_tokens=500)
+    conversation = await pair.clients[1].create_conversation()
+    run = await pair.clients[0].start(STORY, model="chat", max_tokens=500, conversation=conversation)
     reader = asyncio.create_task(read(pair.clients[1], run.run_id))
     await read(pair.clients[0], run.run_id, limit=8)
     receipt = await pair.clients[index].cancel(run.run_id)
@@ -185,6 +186,8 @@ async def test_stop_ends_a_run_with_a_receipt_from_any_worker(pair: Pair, index:
     assert receipt.slot_freed_ms is not None
     assert pair.stack.engine_running() == 0
     assert await pair.clients[1 - index].cancel(run.run_id) == receipt
+    (turn,) = (await pair.clients[1].conversation(conversation)).turns
+    assert turn.variants[0].receipt == receipt
 
 
 async def test_stop_of_a_run_whose_worker_is_stuck_ends_it_at_another(pair: Pair) -> None:

@@ -242,7 +242,7 @@ class FakeGateway:
             case Failed(code=code, message=message):
                 variant["state"], variant["error"] = "failed", {"code": code, "message": message}
             case _:
-                variant["state"] = "stopped"
+                variant["state"], variant["receipt"] = "stopped", json.loads(encode(end))
         run.add(end)
         self.running -= 1
 

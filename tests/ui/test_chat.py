@@ -104,9 +104,10 @@ async def test_stop_ends_the_run_and_the_page_shows_its_receipt(chat: Chat, fake
             await chat.stop("session", None)
     assert last is not None
     assert last.conversation is not None
-    assert last.conversation.turns[0].variants[0].state == "stopped"
-    assert last.receipt is not None
-    assert last.receipt.tokens == len(_reply(last).split())
+    (variant,) = last.conversation.turns[0].variants
+    assert variant.state == "stopped"
+    assert variant.receipt is not None
+    assert variant.receipt.tokens == len(_reply(last).split())
     assert not fake.gateway.running
 
 
@@ -119,7 +120,8 @@ async def test_a_session_that_only_looks_at_a_conversation_stops_its_reply_too(c
             assert update.conversation is not None
             await chat.stop("another", update.conversation.id)
     assert last is not None
-    assert last.receipt is not None
+    assert last.conversation is not None
+    assert last.conversation.turns[0].variants[0].receipt is not None
 
 
 async def test_leaving_the_exchange_early_leaves_the_reply_running(chat: Chat, fake: Fake) -> None:

@@ -3,7 +3,6 @@ import pytest
 from onebox.events import Routed, Stopped
 from onebox.records import Conversation, ConversationSummary, Problem, TaskInfo, Turn, Variant
 from ui import render
-from ui.reply import Update
 from ui.strings import EN, ZH, Strings
 
 EVIL = '<img src=x onerror="alert(1)">'
@@ -72,10 +71,10 @@ def test_each_error_code_has_words_for_people_in_both_languages() -> None:
 
 @pytest.mark.parametrize("words", [EN, ZH])
 def test_stopped_reply_carries_its_receipt(words: Strings) -> None:
-    conversation = Conversation("c", turns=(Turn("t", "q", variants=(Variant("r", "x", state="stopped"),)),))
-
     def note(receipt: Stopped | None) -> str:
-        return _markup(render.messages(conversation, TASKS, words, {}, Update(conversation, False, receipt=receipt)))
+        variant = Variant("r", "x", state="stopped", receipt=receipt)
+        conversation = Conversation("c", turns=(Turn("t", "q", variants=(variant,)),))
+        return _markup(render.messages(conversation, TASKS, words, {}))
 
     assert words.stopped_receipt.format(tokens=12, ms=35) in note(Stopped(12, 88, 34.6))
     assert words.stopped_after.format(tokens=12) in note(Stopped(12, 88))
