@@ -1,7 +1,7 @@
 """Runs of this worker and the way to everybody's: start, follow, stop, take over.
 
 A run is executed by the worker that holds its lease and read on any. Its states and keys are `agents.run_store`, the
-work is `agents.execution`, memory for readers `agents.tails`.
+work is `agents.execution`, reading is `agents.readers`.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from typing import Any, Final
 from agents.conversations import Conversations, history
 from agents.execution import Before, Execution, Executor
 from agents.journal import decode_entries
+from agents.readers import Readers
 from agents.run_log import LogWriter, RunLog
 from agents.run_store import (
     CHANNEL,
@@ -37,12 +38,8 @@ from onebox.settings import Settings
 
 __all__ = ["Idempotency", "RunRecord", "RunRequest", "Runs", "Started", "TurnRequest", "new_run_id"]
 
-READER_PATIENCE_S: Final = 1.5
-READER_WAKE_S: Final = 0.5
-POLL_S: Final = 0.04
-POLL_IDLE_S: Final = 0.2
-POLL_IDLE_AFTER: Final = 25
 REAP_S: Final = 0.8
+LISTEN_AGAIN_S: Final = 0.2
 STOP_WAIT_S: Final = 1.0
 STOP_FORCED_S: Final = 5.0
 SETTLE_PAUSES_S: Final = (0.2, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
@@ -80,7 +77,7 @@ class Runs:
         self._store = RunStore(store, worker, settings.lease_s, settings.log_keep_s)
         self._writer = LogWriter(self._store, settings)
         self._executions: dict[tuple[str, str], Execution] = {}
-        self._tails: dict[tuple[str, str], Tail] = {}
+        self._readers = Readers(self._store, settings.reader_buffer_bytes)
         self._tasks: set[asyncio.Task[None]] = set()
         self._loops: list[asyncio.Task[None]] = []
 
@@ -104,6 +101,7 @@ class Runs:
         for task in (*self._loops, *self._tasks):
             task.cancel()
         await asyncio.gather(*self._loops, *self._tasks, return_exceptions=True)
+        await self._readers.close()
 
     async def start(
         self, request: RunRequest, turn: TurnRequest | None = None, idempotency: Idempotency | None = None
@@ -154,31 +152,14 @@ class Runs:
             if not whole:
                 self._leave(started.tenant, started.run_id)
 
-    async def follow(self, tenant: str, run_id: str, after: int = -1) -> AsyncGenerator[tuple[int, Event], None]:
+    def follow(self, tenant: str, run_id: str, after: int = -1) -> AsyncGenerator[tuple[int, Event], None]:
         """The events numbered above `after`, as they come, up to the terminal one.
 
         Raises:
             UnknownRun: there is no such run, or no more.
             StoreUnavailable: the store has been away for too long; come back with the last number seen.
         """
-        place = after + 1
-        while True:
-            tail = self._tail(tenant, run_id)
-            tail.readers += 1
-            tail.ever_read += 1
-            try:
-                async with aclosing(self._read(tenant, run_id, tail, place)) as events:
-                    async for number, event in events:
-                        place = number + 1
-                        yield number, event
-                        if is_terminal(event):
-                            return
-            finally:
-                tail.readers -= 1
-            if tail.error is not None:
-                raise tail.error
-            if not await self._goes_on(tenant, run_id, place):
-                return
+        return self._readers.follow(tenant, run_id, after)
 
     async def events(self, tenant: str, run_id: str) -> list[Event]:
         """The log so far.
@@ -263,7 +244,7 @@ class Runs:
 
         execution = Execution(self._executor, request, messages, created, before, open_log)
         self._executions[key] = execution
-        self._tails[key] = tail
+        self._readers.own(key, tail)
 
         async def work() -> None:
             try:
@@ -271,94 +252,16 @@ class Runs:
             finally:
                 if self._executions.get(key) is execution:
                     del self._executions[key]
-                if self._tails.get(key) is tail:
-                    del self._tails[key]
-                tail.close(tail.error)
+                self._readers.disown(key, tail)
 
         self._spawn(work())
         return execution
 
     def _leave(self, tenant: str, run_id: str) -> None:
         """The reader who asked for the run is gone: stop it, if nobody else ever read it."""
-        execution, tail = self._executions.get((tenant, run_id)), self._tails.get((tenant, run_id))
-        if execution is not None and tail is not None and tail.ever_read <= 1:
+        execution = self._executions.get((tenant, run_id))
+        if execution is not None and execution.log.tail.ever_read <= 1:
             execution.stop()
-
-    def _tail(self, tenant: str, run_id: str) -> Tail:
-        """This worker's copy of a run's newest events; of another worker's run one that is fed from the store."""
-        key = (tenant, run_id)
-        tail = self._tails.get(key)
-        if tail is None or tail.closed:
-            tail = self._tails[key] = Tail(self._settings.reader_buffer_bytes)
-            self._spawn(self._feed(key, tail))
-        return tail
-
-    async def _read(self, tenant: str, run_id: str, tail: Tail, place: int) -> AsyncGenerator[tuple[int, Event], None]:
-        """The events from `place` until the tail closes."""
-        while True:
-            rows = tail.since(place)
-            if rows is None:
-                page, _ = await self._store.page(tenant, run_id, place)
-                if not page:
-                    raise unknown_run(run_id)
-                rows = list(enumerate(page, place))
-            for number, event in rows:
-                yield number, event
-                place = number + 1
-            if rows:
-                continue
-            if tail.closed:
-                return
-            await tail.wait(READER_WAKE_S)
-            if tail.away_since is not None and _now() - tail.away_since > READER_PATIENCE_S:
-                raise StoreUnavailable(
-                    "The store does not answer, so the reply cannot be read on. It is kept. Follow it again.",
-                    retry_after_s=1.0,
-                )
-
-    async def _goes_on(self, tenant: str, run_id: str, place: int) -> bool:
-        """Whether there is more of a run whose tail has closed without its end."""
-        page, state = await self._store.page(tenant, run_id, place)
-        if state is None:
-            raise unknown_run(run_id)
-        return bool(page) or state == "running"
-
-    async def _feed(self, key: tuple[str, str], tail: Tail) -> None:
-        """Copy a run's log from the store while somebody reads it here."""
-        tenant, run_id = key
-        idle = 0
-        try:
-            while True:
-                try:
-                    page, state = await self._store.page(tenant, run_id, tail.next)
-                except StoreUnavailable as error:
-                    tail.away_since = tail.away_since or _now()
-                    if _now() - tail.away_since > READER_PATIENCE_S:
-                        tail.close(error)
-                        return
-                    await asyncio.sleep(POLL_IDLE_S)
-                    continue
-                tail.away_since = None
-                if state is None:
-                    tail.close(unknown_run(run_id))
-                    return
-                if page:
-                    idle = 0
-                    tail.publish(page)
-                    if is_terminal(page[-1]):
-                        return
-                    continue
-                idle += 1
-                if tail.readers == 0 or state != "running":
-                    return
-                await asyncio.sleep(POLL_S if idle < POLL_IDLE_AFTER else POLL_IDLE_S)
-        except Exception:
-            logger.exception("The log of %s cannot be read", run_id)
-            tail.close(Internal("The run's log cannot be read: the gateway has a defect, which its log describes."))
-        finally:
-            tail.close(tail.error)
-            if self._tails.get(key) is tail:
-                del self._tails[key]
 
     async def _terminal(self, tenant: str, run_id: str, timeout_s: float) -> Terminal:
         async with asyncio.timeout(timeout_s), aclosing(self.follow(tenant, run_id)) as events:
@@ -453,13 +356,9 @@ class Runs:
                         for (_, run_id), execution in list(self._executions.items()):
                             if run_id == message.decode():
                                 execution.stop()
-            await asyncio.sleep(POLL_IDLE_S)
+            await asyncio.sleep(LISTEN_AGAIN_S)
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
-
-
-def _now() -> float:
-    return asyncio.get_running_loop().time()
