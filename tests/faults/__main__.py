@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("--keep", type=Path, help="folder to keep logs and store in")
     options = parser.parse_args()
     within_s = 60 * options.minutes
-    plan = Plan(options.seed, options.faults, min(3.0, 0.9 * within_s / options.faults), within_s)
+    plan = Plan(options.seed, options.faults, min(3.0, 0.7 * within_s / options.faults), within_s)
     print(f"seed {plan.seed}")
     with tempfile.TemporaryDirectory(prefix="ob-faults-") as scratch:
         folder = options.keep or Path(scratch)
