@@ -16,6 +16,7 @@ BENCHMARKS = {
     "slow": "slow_readers",
     "blackhole": "black_hole",
     "continuation": "continuation",
+    "recovery": "recovery",
 }
 
 

@@ -12,7 +12,7 @@ import aiohttp
 from deploy.store import prepare
 from tests.agents.conftest import store_child
 from tests.bench import report
-from tests.bench.percentiles import ms, percentile
+from tests.bench.measures import ms, percentile
 from tests.faults.redis_proxy import RedisProxy
 from tests.product import KEY, product
 

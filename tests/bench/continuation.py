@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
-import psutil
 
 from onebox.client import Client
 from onebox.events import Completed, TextDelta
@@ -22,7 +21,7 @@ from onebox.messages import user
 from onebox.settings import read_settings
 from serving.fetch import ensure
 from tests.bench import report
-from tests.bench.percentiles import ms, percentile
+from tests.bench.measures import engine_replicas, ms, percentile
 from tests.product import KEY, product
 
 MODEL = "smollm2-135m"
@@ -125,26 +124,15 @@ async def _reply(client: Client, question: str, ready: asyncio.Event) -> Reply:
     return Reply("".join(pieces), gap_s)
 
 
-def _replicas(launcher: int) -> list[psutil.Process]:
-    found = []
-    for process in psutil.Process(launcher).children(recursive=True):
-        try:
-            if "ServeReplica:onebox:engine" in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
-
-
 def _kill(launcher: int) -> None:
-    _replicas(launcher)[0].kill()
+    engine_replicas(launcher)[0].kill()
 
 
 async def _two_replicas(launcher: int) -> None:
     """Return once both replicas have served for a while: a new one first loads its model."""
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline:
-        grown = [process for process in _replicas(launcher) if len(process.children(recursive=True)) > 0]
+        grown = [process for process in engine_replicas(launcher) if len(process.children(recursive=True)) > 0]
         if len(grown) == 2 and all(time.time() - process.create_time() > 75 for process in grown):
             return
         await asyncio.sleep(1)

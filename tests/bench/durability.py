@@ -15,7 +15,7 @@ from onebox.sockets import free_port
 from serving.fetch import ensure
 from tests.bench import report
 from tests.bench.load import Sample, Target, interleave
-from tests.bench.percentiles import ms
+from tests.bench.measures import ms
 from tests.product import KEY, process, product
 
 MODEL = "smollm2-135m"

@@ -15,7 +15,7 @@ from pathlib import Path
 import aiohttp
 
 from tests.bench import report
-from tests.bench.percentiles import gateway_workers, ms, percentile, resident_mib
+from tests.bench.measures import gateway_workers, ms, percentile, resident_mib
 from tests.product import KEY, product
 
 PLACES = 16

@@ -12,7 +12,7 @@ import aiohttp
 
 from onebox.client import Client
 from tests.bench import report
-from tests.bench.percentiles import gateway_workers, ms, percentile, resident_mib
+from tests.bench.measures import gateway_workers, ms, percentile, resident_mib
 from tests.product import KEY, product
 
 SLOW = 200

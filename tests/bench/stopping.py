@@ -20,7 +20,7 @@ from onebox.events import Stopped, decode
 from onebox.messages import user
 from onebox.sockets import free_port
 from tests.bench import report
-from tests.bench.percentiles import ms, percentile
+from tests.bench.measures import ms, percentile
 from tests.product import KEY, product
 
 STREAMS = 64
