@@ -88,14 +88,23 @@ class User:
                     return
                 self._front.attempts.append(attempt)
                 attempt.began_at = time.monotonic()
-                try:
-                    async with asyncio.timeout(PATIENCE_S):
-                        await self._send(attempt)
-                except TimeoutError:
-                    attempt.refusals.append("patience")
-                attempt.over_at = time.monotonic()
+                await self._patiently(attempt)
                 if not attempt.ended:
                     self._conversation = None
+
+    async def _patiently(self, attempt: Attempt) -> None:
+        """Send, with patience until the message is acknowledged and as much again until the reply has ended."""
+        sending = asyncio.create_task(self._send(attempt))
+        try:
+            while not sending.done():
+                await asyncio.wait((sending,), timeout=0.5)
+                if time.monotonic() - (attempt.acknowledged_at or attempt.began_at) > PATIENCE_S:
+                    attempt.refusals.append("patience")
+                    return
+            await sending
+        finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
 
     async def _next(self) -> Attempt | None:
         draw = self._random
@@ -201,7 +210,8 @@ class User:
                 view.error = str(chunk["error"]["code"])
                 return
             if not view.opened:
-                view.opened = attempt.acknowledged = True
+                view.opened = True
+                attempt.acknowledge(time.monotonic())
                 attempt.run_ids.add(str(chunk["onebox"]["run_id"]))
             for choice in chunk.get("choices", ()):
                 if text := choice["delta"].get("content"):
@@ -293,7 +303,7 @@ class Reader:
                 continue
             view.seen.append(seen)
             self._last = seen.number
-            self._attempt.acknowledged = True
+            self._attempt.acknowledge(seen.at)
             if seen.type == "response.created":
                 self._run_id = str(orjson.loads(seen.raw)["response"]["id"])
                 self._attempt.run_ids.add(self._run_id)

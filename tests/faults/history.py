@@ -67,7 +67,12 @@ class Attempt:
     forgotten: bool = False
     rejected: str | None = None
     began_at: float = 0.0
-    over_at: float = 0.0
+    acknowledged_at: float | None = None
+
+    def acknowledge(self, at: float) -> None:
+        """The user was told, the first time at `at`, that the message is accepted."""
+        if not self.acknowledged:
+            self.acknowledged, self.acknowledged_at = True, at
 
 
 @dataclass(frozen=True, slots=True)

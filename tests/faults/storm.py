@@ -120,7 +120,7 @@ async def storm(box: Box, plan: Plan, say: Callable[[str], None] = lambda _: Non
         calm_at = time.monotonic()
         quiet = asyncio.create_task(asyncio.to_thread(_wait_for_ends, box, calm_at))
         front.closing.set()
-        await asyncio.wait(crowd, timeout=PATIENCE_S)
+        await asyncio.wait(crowd, timeout=2 * PATIENCE_S)
         quiet_s = await quiet
     finally:
         for task in crowd:
