@@ -77,7 +77,7 @@ class Launch:
             "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
             "PYTHONUNBUFFERED": "1",
         }
-        self.supervisor = Supervisor(self.id, env)
+        self.supervisor = Supervisor(self.id, env, self._publish)
         self._stop = asyncio.Event()
 
     async def __aenter__(self) -> "Launch":
@@ -123,9 +123,7 @@ class Launch:
             await asyncio.to_thread(ensure, settings, screen.report)
         screen.step(f"Loading the engine ({settings.model if settings.engine == 'vllm' else settings.engine}) …")
         self._start("engine", self._module("deploy.fleet"), stop_timeout_s=settings.drain_timeout_s)
-        self._publish()
         await self._ready()
-        self._publish()
         screen.step(f"[bold green]Ready.[/bold green] Open [bold]{self._page_url}[/bold]  (Ctrl-C stops everything)")
         await asyncio.Event().wait()
 
@@ -135,7 +133,6 @@ class Launch:
         log = self.settings.home_dir / "logs" / f"{name}.log"
         fds = () if listener is None else (listener.fileno(),)
         self.supervisor.start(Program(name, argv, log, self.supervisor.env, fds, stop_timeout_s))
-        self._publish()
 
     def _module(self, module: str, listener: socket.socket | None = None) -> tuple[str, ...]:
         fd = () if listener is None else ("--fd", str(listener.fileno()))

@@ -1,8 +1,8 @@
 """The supervisor: starts child processes, keeps them alive, ends them all.
 
-A crashed child comes back after a pause that doubles from 0.2 s to 10 s and falls back once the child has lived
-half a minute. A child whose first start ends with `FATAL` says that starting again cannot help. What happens when the
-supervisor itself is killed is `deploy.guardian`'s part.
+A crashed child comes back after a pause of 0.2 s, which doubles up to 10 s while it does not live for five seconds. A
+child whose first start ends with `FATAL` says that starting again cannot help. What happens when the supervisor itself
+is killed is `deploy.guardian`'s part.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 FATAL = 78  # EX_CONFIG of sysexits.h
 BACKOFF_FIRST_S = 0.2
 BACKOFF_MOST_S = 10.0
-STEADY_S = 30.0
+STEADY_S = 5.0
 
 State = Literal["starting", "running", "waiting", "stopped"]
 
@@ -46,8 +46,9 @@ class Program:
 class Child:
     """One program and the process that runs it now."""
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, on_start: Callable[[], None]) -> None:
         self.program = program
+        self._on_start = on_start
         self.state: State = "starting"
         self.pid: int | None = None
         self.restarts = 0
@@ -91,6 +92,7 @@ class Child:
             )
         self.pid = self._process.pid
         self.state = "running"
+        self._on_start()
         return await self._process.wait()
 
     async def stop(self) -> None:
@@ -116,15 +118,19 @@ class Child:
 
 
 class Supervisor:
-    """The children of one instance, in the order they were started; they are ended in reverse."""
+    """The children of one instance, in the order they were started; they are ended in reverse.
 
-    def __init__(self, instance: str, env: Mapping[str, str]) -> None:
+    `on_start` is called after each start, the first and every later one.
+    """
+
+    def __init__(self, instance: str, env: Mapping[str, str], on_start: Callable[[], None] = lambda: None) -> None:
         self.instance = instance
         self.env = {**env, MARKER: instance}
         self.children: dict[str, Child] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._gave_up: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._guardian: asyncio.subprocess.Process | None = None
+        self._on_start = on_start
 
     async def __aenter__(self) -> "Supervisor":
         self._guardian = await asyncio.create_subprocess_exec(
@@ -154,7 +160,7 @@ class Supervisor:
 
     def start(self, program: Program) -> Child:
         """Run `program` and keep it alive until the supervisor leaves."""
-        child = Child(program)
+        child = Child(program, self._on_start)
         self.children[program.name] = child
         task = asyncio.create_task(child.keep_alive(), name=program.name)
         task.add_done_callback(self._note_end)

@@ -27,7 +27,8 @@ def program(tmp_path: Path, code: str, name: str = "child") -> Program:
 
 
 async def test_a_killed_child_comes_back_with_another_pid(tmp_path: Path) -> None:
-    async with Supervisor("test-restart", os.environ) as supervisor:
+    pids: list[int | None] = []
+    async with Supervisor("test-restart", os.environ, lambda: pids.append(child.pid)) as supervisor:
         child = supervisor.start(program(tmp_path, SLEEPER))
         await until(lambda: child.pid)
         first = child.pid
@@ -35,6 +36,7 @@ async def test_a_killed_child_comes_back_with_another_pid(tmp_path: Path) -> Non
         os.kill(first, signal.SIGKILL)
         await until(lambda: child.pid not in {None, first})
         assert child.restarts == 1
+        assert pids == [first, child.pid]
 
 
 async def test_a_child_that_exits_as_fatal_is_not_started_again_and_its_last_words_are_the_error(
