@@ -90,13 +90,17 @@ class Readers:
 
     async def _read(self, tenant: str, run_id: str, tail: Tail, place: int) -> AsyncGenerator[tuple[int, Event], None]:
         """The events from `place` until the tail closes."""
+
+        async def fetch(start: int) -> list[Event]:
+            page, _ = await self._store.page(tenant, run_id, start)
+            if not page:
+                raise unknown_run(run_id)
+            return page
+
         while True:
             rows = tail.since(place)
             if rows is None:
-                page, _ = await self._store.page(tenant, run_id, place)
-                if not page:
-                    raise unknown_run(run_id)
-                rows = list(enumerate(page, place))
+                rows = list(enumerate(await tail.page(place, fetch), place))
             for number, event in rows:
                 yield number, event
                 place = number + 1

@@ -69,9 +69,15 @@ _FIELDS: Final = TypeAdapter(ResponseFields)
 
 
 class ResponseEncoder:
-    """Encodes one run. Give it every event in order, to `encode` or, where its bytes are not wanted, to `note`."""
+    """Encodes one run. Give it every event in order, to `encode` or, where its bytes are not wanted, to `note`.
 
-    def __init__(self, run_id: str, created: float, fields: ResponseFields, *, background: bool = False) -> None:
+    `streamed`: log-probabilities are in the deltas alone, for to repeat them each reader would have to keep them all.
+    """
+
+    def __init__(
+        self, run_id: str, created: float, fields: ResponseFields, *, background: bool = False, streamed: bool = False
+    ) -> None:
+        self._streamed = streamed
         self._item_id = f"msg_{run_id.removeprefix('resp_')}"
         self._place = b'"item_id":"%b","output_index":0,"content_index":0' % self._item_id.encode()
         self._delta_head = (
@@ -127,7 +133,8 @@ class ResponseEncoder:
         """Take an event in without its bytes."""
         if isinstance(event, TextDelta):
             self._pieces.append(event.text)
-            self._tokens.extend(event.tokens)
+            if not self._streamed:
+                self._tokens.extend(event.tokens)
         elif isinstance(event, Output):
             self._stage = event.stage
         elif isinstance(event, Accepted):

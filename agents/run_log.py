@@ -22,6 +22,7 @@ from onebox.events import Event, TextDelta, encode
 from onebox.settings import Settings
 
 AWAY_PAUSE_S: Final = 0.1
+EVENT_BYTES: Final = 16_384
 
 logger = logging.getLogger(__name__)
 
@@ -284,17 +285,21 @@ class LogWriter:
 
 
 def _merged(events: Sequence[Event]) -> list[Event]:
-    """The events, with neighbouring pieces of text made one."""
+    """The events, with neighbouring pieces of text made one as long as that stays small."""
     merged: list[Event] = []
     pieces: list[TextDelta] = []
+    size = 0
     for event in events:
         if type(event) is TextDelta:
             pieces.append(event)
-            continue
+            size += weigh(event)
+            if size < EVENT_BYTES:
+                continue
         if pieces:
             merged.append(_joined(pieces))
-            pieces = []
-        merged.append(event)
+            pieces, size = [], 0
+        if type(event) is not TextDelta:
+            merged.append(event)
     if pieces:
         merged.append(_joined(pieces))
     return merged

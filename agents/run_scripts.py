@@ -211,6 +211,22 @@ end
 return 'undone'
 """
 
+# KEYS: run, events. ARGV: number of the first event, bytes. Answers the run's state and the events from there on that
+# fit, one at least.
+PAGE: Final = """
+local events, size, at = {}, 0, tonumber(ARGV[1])
+while true do
+  local block = redis.call('LRANGE', KEYS[2], at, at + 15)
+  for _, event in ipairs(block) do
+    if size > 0 and size + #event > tonumber(ARGV[2]) then return {redis.call('HGET', KEYS[1], 'state'), events} end
+    events[#events + 1] = event
+    size = size + #event
+  end
+  if #block < 16 then return {redis.call('HGET', KEYS[1], 'state'), events} end
+  at = at + 16
+end
+"""
+
 # KEYS: run, events, journal. Answers the run's state, or 'unknown'; one that still runs stays.
 FORGET: Final = """
 local state = redis.call('HGET', KEYS[1], 'state')

@@ -13,7 +13,7 @@ import orjson
 from pydantic import TypeAdapter
 
 from agents.conversations import Mode, Turn, Variant, assemble, dump_variant, title_of
-from agents.run_scripts import APPEND, BEGIN_RUN, END_RUN, FORGET, RENEW, STOP, TAKE, UNDO
+from agents.run_scripts import APPEND, BEGIN_RUN, END_RUN, FORGET, PAGE, RENEW, STOP, TAKE, UNDO
 from agents.store import Argument, Call, Store
 from agents.store_keys import TENANTS, ConversationKeys, RunKeys, idempotency_key
 from onebox.errors import Conflict, IdempotencyMismatch, NotFound, StoreUnavailable, UnknownConversation, UnknownRun
@@ -26,7 +26,7 @@ RunState = Literal["running", "completed", "failed", "stopped"]
 CHANNEL: Final = "onebox:worker:"
 TAKEN_AT_ONCE: Final = 32
 KEEP_OUT_S: Final = 120
-PAGE_EVENTS: Final = 512
+PAGE_BYTES: Final = 32_768
 
 
 @dataclass(frozen=True, slots=True)
@@ -281,11 +281,9 @@ class RunStore:
         )
 
     async def page(self, tenant: str, run_id: str, start: int) -> tuple[list[Event], str | None]:
-        """Up to 512 events from number `start`, and the state of the run; None where there is none."""
+        """Some events from number `start`, and the state of the run; None where there is none."""
         keys = RunKeys(tenant, run_id)
-        state, raw = await self._store.transaction(
-            [("HGET", keys.run, "state"), ("LRANGE", keys.events, start, start + PAGE_EVENTS - 1)]
-        )
+        state, raw = await self._store.run(PAGE, [keys.run, keys.events], [start, PAGE_BYTES])
         return [decode(line) for line in raw], state.decode() if state and state != b"void" else None
 
     async def log(self, tenant: str, run_id: str) -> tuple[list[Event], list[bytes]]:

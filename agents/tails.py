@@ -5,8 +5,8 @@ memory. Who fills a tail is `agents.run_log` on the owner, and `agents.runs` els
 """
 
 import asyncio
-from collections import deque
-from collections.abc import Iterable
+from collections import OrderedDict, deque
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 
 from onebox.errors import OneboxError
@@ -14,6 +14,8 @@ from onebox.events import Event, TextDelta
 
 ROW_BYTES = 160
 TOKEN_BYTES = 400
+RIVAL_BYTES = 160
+PAGES = 4
 
 
 class Tail:
@@ -30,6 +32,8 @@ class Tail:
         self.away_since: float | None = None
         self.readers = 0
         self.ever_read = 0
+        self._pages: OrderedDict[int, Sequence[Event]] = OrderedDict()
+        self._fetching = asyncio.Lock()
 
     def publish(self, events: Iterable[Event]) -> None:
         """Hand stored events on."""
@@ -54,6 +58,16 @@ class Tail:
         fresh.reverse()
         return fresh
 
+    async def page(self, place: int, fetch: Callable[[int], Awaitable[Sequence[Event]]]) -> Sequence[Event]:
+        """Older events from number `place`, from the store by `fetch`; readers who are at the same place share them."""
+        async with self._fetching:
+            page = self._pages.get(place)
+            if page is None:
+                page = self._pages[place] = await fetch(place)
+                if len(self._pages) > PAGES:
+                    self._pages.popitem(last=False)
+            return page
+
     def close(self, error: OneboxError | None = None) -> None:
         """Nothing more comes from here; without an error the run is over or goes on at another worker."""
         self.closed = True
@@ -75,5 +89,6 @@ class Tail:
 def weigh(event: Event) -> int:
     """About how many bytes of memory an event takes."""
     if type(event) is TextDelta:
-        return ROW_BYTES + 2 * len(event.text) + TOKEN_BYTES * len(event.tokens)
+        tokens = sum(TOKEN_BYTES + RIVAL_BYTES * len(token.top) for token in event.tokens)
+        return ROW_BYTES + 2 * len(event.text) + tokens
     return 2 * ROW_BYTES

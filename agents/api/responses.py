@@ -64,7 +64,9 @@ async def create(
         extra=fields.to_extra(),
     )
     started = await gateway.runs.start(request, _turn(body, messages), idempotency)
-    encoder = ResponseEncoder(started.run_id, started.created, fields, background=request.background)
+    encoder = ResponseEncoder(
+        started.run_id, started.created, fields, background=request.background, streamed=bool(body.stream)
+    )
     count_error = gateway.metrics.count_error
     if body.stream:
         pieces = _attended(gateway, started, encoder, hold=not request.background)
@@ -220,8 +222,9 @@ def _fields_of(record: RunRecord) -> ResponseFields:
     return fields_of(record.request.extra, record.request.task or AUTO)
 
 
-def _encoder(record: RunRecord) -> ResponseEncoder:
-    return ResponseEncoder(record.run_id, record.created, _fields_of(record), background=record.request.background)
+def _encoder(record: RunRecord, *, streamed: bool = False) -> ResponseEncoder:
+    background = record.request.background
+    return ResponseEncoder(record.run_id, record.created, _fields_of(record), background=background, streamed=streamed)
 
 
 async def _object(gateway: Gateway, tenant: str, run_id: str) -> dict[str, object]:
@@ -265,7 +268,7 @@ async def _attended(
 
 async def _followed(gateway: Gateway, tenant: str, run_id: str, after: int = -1) -> AsyncGenerator[bytes, None]:
     """The events numbered above `after`, from the log as it is and as it grows; a comment where there is none."""
-    encoder = _encoder(await gateway.runs.record(tenant, run_id))
+    encoder = _encoder(await gateway.runs.record(tenant, run_id), streamed=True)
     begun = told = False
     async with aclosing(gateway.runs.follow(tenant, run_id)) as events:
         async for number, event in events:

@@ -252,7 +252,8 @@ async def test_logprobs_are_sent_to_those_who_ask(openai_client: openai.AsyncOpe
     final = told[-1].response  # type: ignore[union-attr]  # the terminal event has it
     assert "".join(token.token for token in tokens) == final.output_text
     assert all(len(token.top_logprobs or []) == 2 for token in tokens)
-    assert [token.token for token in final.output[0].content[0].logprobs] == [token.token for token in tokens]
+    whole = await openai_client.responses.retrieve(final.id)
+    assert [token.token for token in whole.output[0].content[0].logprobs] == [token.token for token in tokens]  # type: ignore[union-attr]
 
 
 def test_log_is_the_same_from_every_number(api: httpx.Client) -> None:

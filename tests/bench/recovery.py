@@ -95,7 +95,8 @@ async def _read(http: aiohttp.ClientSession, url: str, name: str, hits: list[flo
     while True:
         try:
             timeout = aiohttp.ClientTimeout(total=None, sock_read=1.0, sock_connect=2.0)
-            async with http.get(f"{run}?stream=true&starting_after={after}", timeout=timeout) as response:
+            behind = f"&starting_after={after}" if after >= 0 else ""
+            async with http.get(f"{run}?stream=true{behind}", timeout=timeout) as response:
                 kind = b""
                 async for line in response.content:
                     if line.startswith(b"id: "):
