@@ -16,7 +16,7 @@ from onebox.errors import Internal, StoreUnavailable
 from onebox.events import Event, is_terminal
 
 READER_PATIENCE_S: Final = 1.5
-READER_WAKE_S: Final = 0.5
+READER_WAKE_S: Final = 0.2
 POLL_S: Final = 0.04
 POLL_IDLE_S: Final = 0.2
 POLL_IDLE_AFTER: Final = 25

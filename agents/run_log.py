@@ -151,13 +151,13 @@ class RunLog:
         self.due = float("inf")
         return self._flight.call
 
-    def land(self, reply: Any, now: float) -> None:
-        """Take the store's answer to the batch."""
+    def land(self, reply: Any, sent: float, now: float) -> None:
+        """Take the store's answer to the batch that was sent at `sent`."""
         flight = self._flight
         if flight is None or self._closed:
             return
         if isinstance(reply, StoreUnavailable):
-            self._wait_for_store(now)
+            self._wait_for_store(sent, now)
             return
         self._away_since = self.tail.away_since = None
         if reply == b"lost":
@@ -181,8 +181,8 @@ class RunLog:
         else:
             self._writer.drop(self)
 
-    def _wait_for_store(self, now: float) -> None:
-        self._away_since = self._away_since or now
+    def _wait_for_store(self, sent: float, now: float) -> None:
+        self._away_since = self._away_since or sent
         self.tail.away_since = self._away_since
         self.due = now + AWAY_PAUSE_S
         if now - self._away_since > self._writer.patience_s:
@@ -225,7 +225,7 @@ class LogWriter:
         """Write `log` at once, or with all others at the next tick."""
         if not self._enabled:
             while log.board() is not None:
-                log.land(b"0", 0.0)
+                log.land(b"0", 0.0, 0.0)
             return
         now = asyncio.get_running_loop().time()
         due = now if urgent or self._interval_s == 0 else (now // self._interval_s + 1) * self._interval_s
@@ -272,6 +272,7 @@ class LogWriter:
         if not boarded:
             return
         replies: list[Any]
+        sent = asyncio.get_running_loop().time()
         try:
             replies = await self.store.run_all([call for _, call in boarded])
         except StoreUnavailable as error:
@@ -281,7 +282,7 @@ class LogWriter:
             replies = [StoreUnavailable(str(error))] * len(boarded)
         now = asyncio.get_running_loop().time()
         for (log, _), reply in zip(boarded, replies, strict=True):
-            log.land(reply, now)
+            log.land(reply, sent, now)
 
 
 def _merged(events: Sequence[Event]) -> list[Event]:
