@@ -44,12 +44,13 @@ check: $(STAMP) ## lint, types, import layers
 	$(VENV)/bin/lint-imports
 
 test: $(STAMP) ## all tests, with a real model, a real store and a real browser
-	$(RUN) -m pytest -m "not bench" $(ARGS)
+	$(RUN) -m pytest -m "not bench and not faults" $(ARGS)
 
 bench: $(STAMP) ## measure against peers; writes docs/benchmarks.md
 	$(RUN) -m tests.bench $(ARGS)
 
-faults: $(STAMP) ## let a storm of faults loose on the whole product: make faults [ARGS="--seed 7 --faults 500"]
+faults: $(STAMP) ## crash points, planted mistakes and a long storm: make faults [ARGS="--seed 7 --faults 500"]
+	$(RUN) -m pytest -m faults
 	$(RUN) -m tests.faults $(ARGS)
 
 docs: $(STAMP) ## write the generated pages

@@ -13,6 +13,8 @@ from tests.faults.clients import Storefront
 from tests.faults.crash_points import FLOWS, TAKEN_OVER, Moment, Point, play
 from tests.faults.undisturbed import Undisturbed
 
+pytestmark = pytest.mark.faults
+
 SETTINGS = {"lease_s": "1.5", "lease_renew_s": "0.15", "scripted_itl_ms": "25", "scripted_ttft_ms": "20"}
 TRIES = 4
 OF_EACH = {

@@ -8,6 +8,8 @@ from tests.faults.box import LightBox
 from tests.faults.mutants import MUTANTS, Mutant, plant
 from tests.faults.scenarios import SCENARIOS, judge
 
+pytestmark = pytest.mark.faults
+
 
 @pytest.mark.parametrize("name", SCENARIOS)
 async def test_no_promise_is_broken_when(name: str, tmp_path: Path) -> None:
