@@ -53,8 +53,8 @@ async def main() -> None:
                     (
                         name,
                         str(len(gaps)),
-                        f"{percentile(gaps, 0.5):.2f} s",
-                        f"{percentile(gaps, 0.99):.2f} s",
+                        _seconds(gaps, 0.5),
+                        _seconds(gaps, 0.99),
                         goal,
                     )
                 )
@@ -111,6 +111,10 @@ async def _read(http: aiohttp.ClientSession, url: str, name: str, hits: list[flo
                         return gap
         except (aiohttp.ClientError, TimeoutError):
             await asyncio.sleep(0.05)
+
+
+def _seconds(gaps: list[float], share: float) -> str:
+    return f"{percentile(gaps, share):.2f} s" if gaps else f"none above {GAP_S:g} s"
 
 
 async def _two_replicas(launcher: int) -> None:
