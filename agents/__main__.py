@@ -26,6 +26,8 @@ def main() -> int:
         listener = socket.socket(fileno=arguments.fd) if arguments.fd is not None else _listen(settings)
         # The connection of a reader who was dropped lives until its buffer is taken; this ends it where it never is.
         listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2 * settings.reader_stall_s * 1000))
+        # The system's buffer of a reader is bounded as ours is (it doubles the value); else it grows to megabytes.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, settings.reader_buffer_bytes // 2)
         app = create_app(settings)
     except SetupError as error:
         print(error.message, file=sys.stderr)  # noqa: T201  # the one line a user reads
