@@ -19,7 +19,7 @@ from tests.bench.measures import ms
 from tests.product import KEY, process, product
 
 MODEL = "smollm2-135m"
-ROUNDS = 7
+ROUNDS = 5
 TOKENS = 96
 VLLM_STREAMS = {1: 6, 8: 16, 16: 32}
 SCRIPTED_STREAMS = {1: 8, 16: 48, 64: 128}

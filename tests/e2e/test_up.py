@@ -91,8 +91,10 @@ def _first(process: psutil.Process) -> bool:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
-def test_no_process_is_left_however_up_ends(tmp_path: Path, signum: signal.Signals) -> None:
+def test_nothing_but_what_was_said_is_left_however_up_ends(tmp_path: Path, signum: signal.Signals) -> None:
+    headers = {"Authorization": f"Bearer {KEY}"}
     with product(tmp_path, SCRIPTED) as started:
+        made = httpx.post(f"{started.api_url}/v1/conversations", json={"title": "kept"}, headers=headers).json()
         found = instance.read(tmp_path)
         assert found is not None
         family = psutil.Process(started.pid).children(recursive=True)
@@ -101,15 +103,10 @@ def test_no_process_is_left_however_up_ends(tmp_path: Path, signum: signal.Signa
         _, alive = psutil.wait_procs(family, timeout=60)
         assert alive == []
         assert marked(found.id) == set()
-
-
-def test_conversations_survive_a_restart(tmp_path: Path) -> None:
-    headers = {"Authorization": f"Bearer {KEY}"}
-    with product(tmp_path, SCRIPTED) as first:
-        made = httpx.post(f"{first.api_url}/v1/conversations", json={"title": "kept"}, headers=headers).json()
-    with product(tmp_path, SCRIPTED) as second:
-        found = httpx.get(f"{second.api_url}/v1/conversations/{made['id']}", headers=headers)
-        assert found.json()["title"] == "kept"
+    if signum == signal.SIGKILL:
+        with product(tmp_path, SCRIPTED) as again:
+            kept = httpx.get(f"{again.api_url}/v1/conversations/{made['id']}", headers=headers)
+            assert kept.json()["title"] == "kept"
 
 
 def test_doctor_says_what_is_wrong_and_what_to_do() -> None:
