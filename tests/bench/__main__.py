@@ -11,6 +11,7 @@ BENCHMARKS = {
     "page": "ui_streams",
     "convert": "convert",
     "durability": "durability",
+    "durability-scripted": "durability_scripted",
     "stop": "stopping",
     "overload": "overload",
     "slow": "slow_readers",

@@ -22,21 +22,25 @@ MODEL = "smollm2-135m"
 ROUNDS = 5
 TOKENS = 96
 VLLM_STREAMS = {1: 6, 8: 16, 16: 32}
-SCRIPTED_STREAMS = {1: 8, 16: 48, 64: 128}
 
 
 async def main() -> None:
-    """Run it and write the section `durability`."""
-    rows = [*await _rows("vllm", VLLM_STREAMS), *await _rows("scripted", SCRIPTED_STREAMS)]
+    """Run it on vLLM and write the section `durability`."""
+    await measure("durability", "vllm", VLLM_STREAMS)
+
+
+async def measure(section: str, engine: str, streams: dict[int, int]) -> None:
+    """Run it on one engine and write its section."""
+    rows = await _rows(engine, streams)
     text = report.table(
         ("engine", "streams", "log on tok/s", "log off tok/s", "ratio", "log on first token", "added p50"), rows
     )
     load = " ".join(f"{value:.1f}" for value in os.getloadavg())
     note = (
-        f"{MODEL} on vLLM, and the scripted engine at 5 ms per token; {TOKENS} tokens a reply, medians of {ROUNDS} "
-        f"rounds of interleaved pairs, ratios and differences within a round, load average after: {load}."
+        f"{MODEL if engine == 'vllm' else 'Scripted engine at 5 ms per token'}; {TOKENS} tokens a reply, medians of "
+        f"{ROUNDS} rounds of interleaved pairs, ratios and differences within a round, load average after: {load}."
     )
-    report.write_section("durability", "Cost of durability", f"{note}\n\n{text}")
+    report.write_section(section, f"Cost of durability ({engine})", f"{note}\n\n{text}")
 
 
 async def _rows(engine: str, streams: dict[int, int]) -> list[tuple[str, ...]]:
