@@ -15,13 +15,12 @@ from agents.api.idempotency import idempotency_of
 from agents.api.models import resolve_model
 from agents.api.replies import JsonReply, StreamReply, error_of
 from agents.api.route import LeanRoute
-from agents.api.schemas import ChatRequest, read_messages
+from agents.api.schemas import ChatRequest, read_messages, turn_of
 from agents.context import Meter
-from agents.conversations import Mode
 from agents.execution import check_params
 from agents.gateway import Gateway, gateway_of, principal_of
 from agents.keys import Principal
-from agents.runs import Idempotency, RunRequest, Runs, Started, TurnRequest, new_run_id
+from agents.runs import Idempotency, RunRequest, Runs, Started, new_run_id
 from agents.wire import DONE, ChunkEncoder, error_line, onebox_object, token_logprob, usage_object
 from onebox.errors import OneboxError
 from onebox.events import (
@@ -81,19 +80,11 @@ async def complete(
     count_error = gateway.metrics.count_error
     if (body.n or 1) > 1:
         return JsonReply(lambda: _several(gateway, request, body), count_error)
-    started = await gateway.runs.start(request, _turn(body, messages), idempotency)
+    started = await gateway.runs.start(request, turn_of(body.onebox.conversation, body.onebox, messages), idempotency)
     if body.stream:
         chunks = _chunks(gateway.runs, started, body, count_error=count_error)
         return StreamReply(chunks, count_error, gateway.settings)
     return JsonReply(lambda: _one(gateway.runs, started, body), count_error)
-
-
-def _turn(body: ChatRequest, messages: tuple[Message, ...]) -> TurnRequest | None:
-    options = body.onebox
-    if options.conversation is None:
-        return None
-    mode: Mode = "regenerate" if options.regenerate else "edit" if options.edit else "new"
-    return TurnRequest(mode, messages[-1].text if messages else "", options.edit)
 
 
 async def _chunks(

@@ -16,13 +16,12 @@ from agents.api.idempotency import idempotency_of
 from agents.api.models import resolve_model
 from agents.api.replies import JsonReply, StreamReply, error_of, json_response
 from agents.api.route import LeanRoute
-from agents.api.schemas import ResponseRequest, check_messages
-from agents.conversations import Mode
+from agents.api.schemas import ResponseRequest, check_messages, turn_of
 from agents.execution import AUTO, check_params
 from agents.gateway import Gateway, gateway_of, principal_of
 from agents.keys import Principal
 from agents.responses_wire import ResponseEncoder, ResponseFields, fields_of
-from agents.run_store import Idempotency, RunRecord, RunRequest, TurnRequest, new_run_id, unknown_run
+from agents.run_store import Idempotency, RunRecord, RunRequest, new_run_id, unknown_run
 from agents.runs import Started
 from onebox.errors import BadRequest, Conflict
 from onebox.events import Accepted, Check, Citation, Completed, Failed, Output, Progress, Stopped, TextDelta
@@ -63,7 +62,7 @@ async def create(
         background=bool(body.background),
         extra=fields.to_extra(),
     )
-    started = await gateway.runs.start(request, _turn(body, messages), idempotency)
+    started = await gateway.runs.start(request, turn_of(body.conversation_id, body.onebox, messages), idempotency)
     encoder = ResponseEncoder(
         started.run_id, started.created, fields, background=request.background, streamed=bool(body.stream)
     )
@@ -194,14 +193,6 @@ def _asked(record: RunRecord) -> tuple[Message, ...]:
     """The run's messages without its own instructions, which do not pass on."""
     messages = record.request.messages
     return messages[1:] if _fields_of(record).instructions else messages
-
-
-def _turn(body: ResponseRequest, messages: tuple[Message, ...]) -> TurnRequest | None:
-    if body.conversation_id is None:
-        return None
-    options = body.onebox
-    mode: Mode = "regenerate" if options.regenerate else "edit" if options.edit else "new"
-    return TurnRequest(mode, messages[-1].text if messages else "", options.edit)
 
 
 def _fields(body: ResponseRequest) -> ResponseFields:

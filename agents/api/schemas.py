@@ -4,7 +4,8 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from agents.conversations import Feedback
+from agents.conversations import Feedback, Mode
+from agents.run_store import TurnRequest
 from onebox.errors import BadRequest
 from onebox.messages import Message, Role
 from onebox.plugin import Sampling
@@ -295,6 +296,16 @@ class FeedbackRequest(Body):
     conversation: Identifier
     run_id: Identifier
     value: Feedback | None
+
+
+def turn_of(
+    conversation: str | None, options: OneboxOptions | ResponseOptions, messages: tuple[Message, ...]
+) -> TurnRequest | None:
+    """The turn of the conversation that a request asks for; None where it names no conversation."""
+    if conversation is None:
+        return None
+    mode: Mode = "regenerate" if options.regenerate else "edit" if options.edit else "new"
+    return TurnRequest(mode, messages[-1].text if messages else "", options.edit)
 
 
 def check_max_tokens(max_tokens: int | None, settings: Settings, param: str) -> None:
