@@ -1,7 +1,6 @@
 """A store that takes everything and answers nothing: how long until a request or a stream is told so."""
 
 import asyncio
-import os
 import tempfile
 import time
 from pathlib import Path
@@ -46,7 +45,7 @@ async def main() -> None:
         ("new request → error", ms(percentile(asked, 0.5)), ms(percentile(asked, 0.99)), "2 s p99"),
         ("running stream → error", ms(percentile(streamed, 0.5)), ms(percentile(streamed, 0.99)), "2 s p99"),
     ]
-    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    load = report.load_average()
     note = (
         f"{len(asked)} requests and {len(streamed)} streams in {ROUNDS} black holes; answers: "
         f"{', '.join(sorted(statuses))}; load average after: {load}."

@@ -5,23 +5,19 @@ question is answered undisturbed twice, before and after, which shows what the m
 """
 
 import asyncio
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass
-from pathlib import Path
 
 import aiohttp
 
 from onebox.client import Client
 from onebox.events import Completed, TextDelta
 from onebox.messages import user
-from onebox.settings import read_settings
-from serving.fetch import ensure
 from tests.bench import report
 from tests.bench.measures import engine_replicas, ms, percentile
+from tests.bench.real_model import fetch, fresh_home
 from tests.product import KEY, product
 
 MODEL = "smollm2-135m"
@@ -52,30 +48,26 @@ class Reply:
 
 async def main() -> None:
     """Run it and write the section `continuation`."""
-    cache = Path(os.environ.get("ONEBOX_TEST_HOME", "~/.cache/onebox-test")).expanduser()
-    await asyncio.to_thread(ensure, read_settings(home=cache, model=MODEL), lambda stage, done, total: None)
+    await fetch(MODEL)
     gaps: list[float] = []
     differences: list[str] = []
     same = moved = noise = 0
-    with tempfile.TemporaryDirectory(prefix="ob-") as folder:
-        home = Path(folder)
-        (home / "models").symlink_to(cache / "models")
-        with product(home, ENV) as ours:
-            async with Client(ours.api_url, KEY) as client:
+    with fresh_home() as home, product(home, ENV) as ours:
+        async with Client(ours.api_url, KEY) as client:
+            await _two_replicas(ours.pid)
+            before = await _all(client)
+            for _ in range(KILLS):
+                moves = await _moves(ours.api_url)
+                disturbed = await _all(client, lambda: _kill(ours.pid))
+                moved += await _moves(ours.api_url) - moves
+                gaps += [reply.gap_s for reply in disturbed]
+                for question, one, two in zip(QUESTIONS, before, disturbed, strict=True):
+                    same += one.text == two.text
+                    if one.text != two.text:
+                        differences.append(_difference(question, one.text, two.text))
                 await _two_replicas(ours.pid)
-                before = await _all(client)
-                for _ in range(KILLS):
-                    moves = await _moves(ours.api_url)
-                    disturbed = await _all(client, lambda: _kill(ours.pid))
-                    moved += await _moves(ours.api_url) - moves
-                    gaps += [reply.gap_s for reply in disturbed]
-                    for question, one, two in zip(QUESTIONS, before, disturbed, strict=True):
-                        same += one.text == two.text
-                        if one.text != two.text:
-                            differences.append(_difference(question, one.text, two.text))
-                    await _two_replicas(ours.pid)
-                after = await _all(client)
-                noise = sum(one.text != two.text for one, two in zip(before, after, strict=True))
+            after = await _all(client)
+            noise = sum(one.text != two.text for one, two in zip(before, after, strict=True))
     asked = KILLS * len(QUESTIONS)
     rows = [
         ("replies that had to go on at the other replica", f"{moved} of {asked}"),
@@ -83,7 +75,7 @@ async def main() -> None:
         ("undisturbed replies that differ from themselves", f"{noise} of {len(QUESTIONS)}"),
         ("longest silence in a disturbed reply, p50 / most", f"{ms(percentile(gaps, 0.5))} / {ms(max(gaps))}"),
     ]
-    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    load = report.load_average()
     note = (
         f"{MODEL} on vLLM, two replicas of one thread each, {TOKENS} tokens, greedy, {KILLS} kills, load average "
         f"after: {load}."
@@ -140,15 +132,10 @@ async def _two_replicas(launcher: int) -> None:
 
 
 async def _moves(url: str) -> int:
-    """How often replies went on elsewhere, by both workers' counters: each scrape is one worker's."""
-    seen: dict[str, float] = {}
-    for _ in range(16):
-        async with aiohttp.request("GET", f"{url}/metrics") as response:
-            for line in (await response.text()).splitlines():
-                if line.startswith("onebox_engine_continuations_total{"):
-                    name, value = line.rsplit(" ", 1)
-                    seen[name] = float(value)
-    return int(sum(seen.values()))
+    """How often replies went on elsewhere, by the counters of all workers."""
+    async with aiohttp.request("GET", f"{url}/metrics") as response:
+        lines = (await response.text()).splitlines()
+    return int(sum(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("onebox_runs_continued_total{")))
 
 
 def _difference(question: str, one: str, two: str) -> str:

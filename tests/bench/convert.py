@@ -1,7 +1,6 @@
 """GGUF to safetensors: our converter against the route through `transformers`, each in a fresh process."""
 
 import asyncio
-import os
 import statistics
 import subprocess
 import sys
@@ -40,7 +39,7 @@ async def main() -> None:
     """Run it and write the section `convert`."""
     rows = [await asyncio.to_thread(_row, alias) for alias in MODELS]
     text = report.table(("model", "onebox", "transformers", "ratio"), rows)
-    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    load = report.load_average()
     note = f"Seconds from a GGUF file to a folder, imports included, medians of {ROUNDS}, load average after: {load}."
     report.write_section("convert", "GGUF to safetensors", f"{note}\n\n{text}")
 

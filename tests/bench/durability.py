@@ -3,19 +3,15 @@
 Two gateway workers of one product share its engine and its store: one logs, the other does not.
 """
 
-import asyncio
-import os
 import secrets
 import sys
-import tempfile
 from pathlib import Path
 
-from onebox.settings import read_settings
 from onebox.sockets import free_port
-from serving.fetch import ensure
 from tests.bench import report
 from tests.bench.load import Sample, Target, interleave
 from tests.bench.measures import ms
+from tests.bench.real_model import THREADS, fetch, fresh_home
 from tests.product import KEY, process, product
 
 MODEL = "smollm2-135m"
@@ -35,7 +31,7 @@ async def measure(section: str, engine: str, streams: dict[int, int]) -> None:
     text = report.table(
         ("engine", "streams", "log on tok/s", "log off tok/s", "ratio", "log on first token", "added p50"), rows
     )
-    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    load = report.load_average()
     note = (
         f"{MODEL if engine == 'vllm' else 'Scripted engine at 5 ms per token'}; {TOKENS} tokens a reply, medians of "
         f"{ROUNDS} rounds of interleaved pairs, ratios and differences within a round, load average after: {load}."
@@ -44,16 +40,14 @@ async def measure(section: str, engine: str, streams: dict[int, int]) -> None:
 
 
 async def _rows(engine: str, streams: dict[int, int]) -> list[tuple[str, ...]]:
-    cache = Path(os.environ.get("ONEBOX_TEST_HOME", "~/.cache/onebox-test")).expanduser()
-    await asyncio.to_thread(ensure, read_settings(home=cache, model=MODEL), lambda stage, done, total: None)
-    with tempfile.TemporaryDirectory(prefix="ob-") as folder:
-        home, port, engine_port, token = Path(folder), free_port(), free_port(), secrets.token_hex(8)
-        (home / "models").symlink_to(cache / "models")
+    await fetch(MODEL)
+    with fresh_home() as home:
+        port, engine_port, token = free_port(), free_port(), secrets.token_hex(8)
         env = {
             "ONEBOX_ENGINE": engine,
             "ONEBOX_MODEL": MODEL,
             "ONEBOX_MODEL_CONTEXT": "4096",
-            "ONEBOX_CPU_THREADS": str(os.cpu_count() or 1),
+            "ONEBOX_CPU_THREADS": THREADS,
             "ONEBOX_GATEWAY_WORKERS": "1",
             "ONEBOX_INTERNAL_TOKEN": token,
             "ONEBOX_ENGINE_PORT": str(engine_port),

@@ -28,6 +28,7 @@ class Reply:
     first_s: float
     total_s: float
     tokens: int
+    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,7 @@ async def stream(
     }
     started = time.perf_counter()
     first_s, tokens, ended = 0.0, 0, False
+    said: list[str] = []
     headers = {"Authorization": f"Bearer {target.key}"}
     async with http.post(f"{target.url}/v1/chat/completions", json=body, headers=headers) as response:
         if response.status != 200:
@@ -66,13 +68,14 @@ async def stream(
             chunk = orjson.loads(line[6:])
             if "error" in chunk:
                 raise RuntimeError(f"{target.name}: {chunk['error']}")
-            if not first_s and chunk["choices"] and chunk["choices"][0]["delta"].get("content"):
-                first_s = time.perf_counter() - started
+            if chunk["choices"] and (piece := chunk["choices"][0]["delta"].get("content")):
+                first_s = first_s or time.perf_counter() - started
+                said.append(piece)
             if chunk.get("usage"):
                 tokens = chunk["usage"]["completion_tokens"]
     if not ended or not tokens:
         raise RuntimeError(f"{target.name}: the stream ended early (tokens {tokens}, done {ended})")
-    return Reply(first_s, time.perf_counter() - started, tokens)
+    return Reply(first_s, time.perf_counter() - started, tokens, "".join(said))
 
 
 async def measure(
@@ -82,12 +85,24 @@ async def measure(
     max_tokens: int,
 ) -> Sample:
     """Send all `prompts`, `streams` of them at a time."""
-    waiting = list(prompts)
-    replies: list[Reply] = []
+    sample, _ = await measure_texts(target, prompts, streams, max_tokens)
+    return sample
+
+
+async def measure_texts(
+    target: Target,
+    prompts: Sequence[Sequence[dict[str, str]]],
+    streams: int,
+    max_tokens: int,
+) -> tuple[Sample, list[str]]:
+    """As `measure`, and the text of each reply in the prompts' order."""
+    waiting = list(range(len(prompts)))
+    replies: dict[int, Reply] = {}
 
     async def reader() -> None:
         while waiting:
-            replies.append(await stream(http, target, waiting.pop(), max_tokens))
+            index = waiting.pop()
+            replies[index] = await stream(http, target, prompts[index], max_tokens)
 
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=600)) as http:
@@ -96,10 +111,11 @@ async def measure(
             for _ in range(streams):
                 group.create_task(reader())
         elapsed = time.perf_counter() - started
-    return Sample(
-        sum(reply.tokens for reply in replies) / elapsed,
-        statistics.median(reply.first_s for reply in replies),
+    sample = Sample(
+        sum(reply.tokens for reply in replies.values()) / elapsed,
+        statistics.median(reply.first_s for reply in replies.values()),
     )
+    return sample, [replies[index].text for index in range(len(prompts))]
 
 
 async def interleave(

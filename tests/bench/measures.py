@@ -1,9 +1,11 @@
-"""Percentiles of measured times, and the processes that are measured."""
+"""Percentiles of measured times, and the processes and the store that are measured."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import psutil
+import redis
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -25,6 +27,13 @@ def gateway_workers(launcher: int) -> list[psutil.Process]:
 def engine_replicas(launcher: int) -> list[psutil.Process]:
     """The engine replicas under a `python -m deploy up`; Ray names its processes so."""
     return _below(launcher, lambda command: "ServeReplica:onebox:engine" in " ".join(command))
+
+
+def store_of(home: Path) -> redis.Redis:
+    """A client of the store that the product keeps in its home."""
+    lines = (home / "store" / "valkey.conf").read_text(encoding="utf-8").splitlines()
+    options = dict(line.split(" ", 1) for line in lines if " " in line)
+    return redis.Redis(port=int(options["port"]), password=options["requirepass"])
 
 
 def resident_mib(processes: Iterable[psutil.Process]) -> float:

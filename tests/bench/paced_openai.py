@@ -14,7 +14,7 @@ from starlette.types import Receive, Scope, Send
 
 
 class PacedServer:
-    """`/v1/chat/completions` (streamed only) and `/v1/models`; `/health` says it is up."""
+    """`/v1/chat/completions` and `/v1/models`; `/health` says it is up."""
 
     def __init__(self, ttft_ms: float, itl_ms: float) -> None:
         self._ttft_s, self._itl_s = ttft_ms / 1000, itl_ms / 1000
@@ -31,7 +31,13 @@ class PacedServer:
             body += message.get("body", b"")
             if not message.get("more_body"):
                 break
-        await self._stream(send, orjson.loads(body).get("max_tokens", 64))
+        asked = orjson.loads(body)
+        tokens = asked.get("max_tokens", 64)
+        if asked.get("stream"):
+            await self._stream(send, tokens)
+        else:
+            await asyncio.sleep(self._ttft_s + tokens * self._itl_s)
+            await _answer(send, _whole(tokens))
 
     async def _stream(self, send: Send, tokens: int) -> None:
         started = time.monotonic()
@@ -43,14 +49,13 @@ class PacedServer:
                 await asyncio.sleep(wait_s)
             await send(_body(_chunk({"content": "word "}, None)))
         await send(_body(_chunk({}, "length")))
-        usage = {"prompt_tokens": 8, "completion_tokens": tokens, "total_tokens": 8 + tokens}
         final = {
             "id": "c",
             "object": "chat.completion.chunk",
             "created": 0,
             "model": "paced",
             "choices": [],
-            "usage": usage,
+            "usage": _usage(tokens),
         }
         await send(_body(b"data: " + orjson.dumps(final) + b"\n\n"))
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
@@ -60,6 +65,17 @@ def _chunk(delta: dict[str, str], finish: str | None) -> bytes:
     choice = {"index": 0, "delta": delta, "finish_reason": finish}
     chunk = {"id": "c", "object": "chat.completion.chunk", "created": 0, "model": "paced", "choices": [choice]}
     return b"data: " + orjson.dumps(chunk) + b"\n\n"
+
+
+def _whole(tokens: int) -> dict[str, object]:
+    message = {"role": "assistant", "content": "word " * tokens}
+    choice = {"index": 0, "message": message, "finish_reason": "length"}
+    head = {"id": "c", "object": "chat.completion", "created": 0, "model": "paced"}
+    return head | {"choices": [choice], "usage": _usage(tokens)}
+
+
+def _usage(tokens: int) -> dict[str, int]:
+    return {"prompt_tokens": 8, "completion_tokens": tokens, "total_tokens": 8 + tokens}
 
 
 def _start(kind: bytes) -> dict[str, object]:

@@ -5,7 +5,6 @@ count, the others have no gap.
 """
 
 import asyncio
-import os
 import signal
 import tempfile
 import time
@@ -58,7 +57,7 @@ async def main() -> None:
                         goal,
                     )
                 )
-    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    load = report.load_average()
     note = (
         f"{STREAMS} streams on two scripted replicas and two workers, each fault {REPEATS} times and alone; a reader "
         f"whose connection broke reads on at once. Load average after: {load}."

@@ -19,7 +19,7 @@ interleaved, medians of the rounds; ratios are what counts, absolute numbers are
 
 
 def machine() -> str:
-    """Processor, cores, commit and load, in a line."""
+    """Processor, cores and commit, in a line."""
     model = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
@@ -29,6 +29,11 @@ def machine() -> str:
         ("git", "rev-parse", "--short", "HEAD"), cwd=ROOT, capture_output=True, text=True, check=False
     ).stdout.strip()
     return f"{model}, {os.cpu_count()} cores, commit {commit}, {time.strftime('%Y-%m-%d')}"
+
+
+def load_average() -> str:
+    """The machine's load over the last 1, 5 and 15 minutes."""
+    return " ".join(f"{value:.1f}" for value in os.getloadavg())
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -3,8 +3,6 @@
 LiteLLM's proxy (one worker) and vllm-router run in an environment of their own, made by `tests.bench.peers`.
 """
 
-import os
-import sys
 import tempfile
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,20 +10,13 @@ from pathlib import Path
 from onebox.sockets import free_port
 from tests.bench import report
 from tests.bench.load import Target, interleave, medians
-from tests.bench.peers import peer_python
+from tests.bench.peers import LITELLM_KEY, litellm_proxy, paced_server, peer_python
 from tests.product import KEY, process, product
 
 STREAMS = 64
 ROUNDS = 5
 TOKENS = 64
 TTFT_MS, ITL_MS = 5, 5
-LITELLM = """\
-model_list:
-  - model_name: paced
-    litellm_params: {{model: hosted_vllm/paced, api_base: "{url}/v1", api_key: none}}
-general_settings: {{master_key: sk-bench}}
-litellm_settings: {{telemetry: false}}
-"""
 
 
 async def main() -> None:
@@ -33,18 +24,9 @@ async def main() -> None:
     peers = peer_python().parent
     with tempfile.TemporaryDirectory(prefix="ob-") as folder, ExitStack() as stack:
         home = Path(folder)
-        paced_port, litellm_port, router_port = free_port(), free_port(), free_port()
-        paced = f"http://127.0.0.1:{paced_port}"
-        paced_argv = (sys.executable, "-m", "tests.bench.paced_openai", str(paced_port), str(TTFT_MS), str(ITL_MS))
-        stack.enter_context(process(paced_argv, f"{paced}/health", home / "paced.log"))
-        config = home / "litellm.yaml"
-        config.write_text(LITELLM.format(url=paced))
-        litellm_argv = (
-            str(peers / "litellm"), "--config", str(config), "--host", "127.0.0.1", "--port", str(litellm_port),
-            "--num_workers", "1",
-        )  # fmt: skip
-        litellm = f"http://127.0.0.1:{litellm_port}"
-        stack.enter_context(process(litellm_argv, f"{litellm}/health/liveliness", home / "litellm.log"))
+        router_port = free_port()
+        paced = stack.enter_context(paced_server(TTFT_MS, ITL_MS, home))
+        litellm = stack.enter_context(litellm_proxy(paced, home))
         router_argv = (
             str(peers / "python"), "-m", "vllm_router.launch_router", "--worker-urls", paced, "--policy", "round_robin",
             "--host", "127.0.0.1", "--port", str(router_port), "--prometheus-port", str(free_port()),
@@ -61,7 +43,7 @@ async def main() -> None:
         targets = (
             Target("onebox", ours.api_url, "auto", KEY),
             Target("vllm-router", router, "paced"),
-            Target("LiteLLM, 1 worker", litellm, "paced", "sk-bench"),
+            Target("LiteLLM, 1 worker", litellm, "paced", LITELLM_KEY),
             Target("the paced server itself", paced, "paced"),
         )
         asked = [[{"role": "user", "content": f"Write a story, number {index}."}] for index in range(2 * STREAMS)]
@@ -75,7 +57,7 @@ async def main() -> None:
         for name, sample in median.items()
     ]
     text = report.table(("path", "tok/s", "first token p50", "onebox is"), rows)
-    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    load = report.load_average()
     note = (
         f"{STREAMS} streams, {ITL_MS} ms a token, {TOKENS} tokens a reply, medians of {ROUNDS} rounds, "
         f"load average after: {load}."

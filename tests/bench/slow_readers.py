@@ -1,7 +1,6 @@
 """Two hundred readers that never read: what each costs in memory, and what the others notice of them."""
 
 import asyncio
-import os
 import socket
 import tempfile
 import time
@@ -49,7 +48,7 @@ async def main() -> None:
         ("gap between others' pieces, p99, beside them", ms(percentile(beside, 0.99)), ""),
         ("ratio", f"{percentile(beside, 0.99) / percentile(alone, 0.99):.2f}", "1.20"),
     ]
-    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    load = report.load_average()
     note = (
         f"{SLOW} readers of one run, {OTHERS} other streams, {ROUNDS} rounds, the worst round's memory; load: {load}."
     )

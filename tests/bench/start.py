@@ -1,8 +1,6 @@
 """Figure 4: how long a start takes and what idle processes hold, on the default model."""
 
 import os
-import tempfile
-from pathlib import Path
 
 import httpx
 import psutil
@@ -10,6 +8,7 @@ import psutil
 from deploy import instance
 from tests.bench import report
 from tests.bench.load import Target, measure
+from tests.bench.real_model import fresh_home
 from tests.product import KEY, product
 
 ROUNDS = 3
@@ -18,24 +17,20 @@ MODEL = os.environ.get("BENCH_MODEL", "qwen2.5-coder-0.5b")
 
 async def main() -> None:
     """Run it and write the section `start`."""
-    cache = Path(os.environ.get("ONEBOX_TEST_HOME", "~/.cache/onebox-test")).expanduser()
     pages: list[float] = []
     tokens: list[float] = []
     memory: dict[str, float] = {}
     for _ in range(ROUNDS):
-        with tempfile.TemporaryDirectory(prefix="ob-") as folder:
-            home = Path(folder)
-            (home / "models").symlink_to(cache / "models")
-            with product(home, {"ONEBOX_MODEL": MODEL}) as ours:
-                prompt = [[{"role": "user", "content": "你好"}]]
-                first = await measure(Target("onebox", ours.api_url, "auto", KEY), prompt, 1, 8)
-                pages.append(ours.page_s)
-                tokens.append(ours.ready_s + first.first_s)
-                httpx.get(ours.ui_url).raise_for_status()
-                running = instance.read(home)
-                assert running is not None
-                for name, pid in running.children.items():
-                    memory[name] = max(memory.get(name, 0), psutil.Process(pid).memory_info().rss / 1e6)
+        with fresh_home() as home, product(home, {"ONEBOX_MODEL": MODEL}) as ours:
+            prompt = [[{"role": "user", "content": "你好"}]]
+            first = await measure(Target("onebox", ours.api_url, "auto", KEY), prompt, 1, 8)
+            pages.append(ours.page_s)
+            tokens.append(ours.ready_s + first.first_s)
+            httpx.get(ours.ui_url).raise_for_status()
+            running = instance.read(home)
+            assert running is not None
+            for name, pid in running.children.items():
+                memory[name] = max(memory.get(name, 0), psutil.Process(pid).memory_info().rss / 1e6)
     pages.sort()
     tokens.sort()
     middle = ROUNDS // 2

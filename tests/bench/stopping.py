@@ -66,7 +66,7 @@ async def main() -> None:
         ),
     ]
     text = report.table(("", "p50", "p99", "goal"), rows)
-    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    load = report.load_average()
     note = (
         f"{len(stops)} stops at {STREAMS} streams, seed {seed}; {without} receipts without a slot time. "
         f"{ABORTS} random aborts ({kinds['left']} readers left, {kinds['stopped']} stopped): **{left} requests left in "

@@ -96,7 +96,7 @@ async def main() -> None:
             )
         )
     header = ("", "first p50", "first p95", "added p50 / p95", "whole", "updates", "CPU ms per stream-second", "memory")
-    load = " ".join(f"{value:.1f}" for value in os.getloadavg())
+    load = report.load_average()
     note = f"{STREAMS} streams at {TOKENS_PER_S} tok/s, {ROUNDS} rounds, medians of rounds, load average after: {load}."
     report.write_section("page", "The page against the gateway", f"{note}\n\n{report.table(header, rows)}")
 
