@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed-$(EXTRA)
 # A folder of wheels named by PIP_FIND_LINKS is honoured; otherwise uv picks the torch build for this machine.
 TORCH := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend $(if $(filter cpu,$(EXTRA)),cpu,auto))
 
-.PHONY: help venv up down status doctor test check bench faults docs clean
+.PHONY: help venv up down status top doctor test check bench faults docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -32,6 +32,9 @@ down: $(STAMP) ## stop what `make up` started
 
 status: $(STAMP) ## show what runs
 	@$(RUN) -m deploy status
+
+top: $(STAMP) ## watch fleet, queue and replies in the terminal
+	@$(RUN) -m deploy top
 
 doctor: $(STAMP) ## say what is missing on this machine
 	@$(RUN) -m deploy doctor

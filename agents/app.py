@@ -11,33 +11,38 @@ from starlette.responses import Response
 from agents.api import chat, conversations, feedback, health, models, responses, tasks
 from agents.api.replies import error_response
 from agents.gateway import open_gateway
-from agents.middleware import Admission
+from agents.middleware import Entrance
+from agents.observed import Observed
 from agents.router import Router
+from agents.shared_metrics import Place
+from agents.tracing import open_tracer
 from onebox import __version__
 from onebox.errors import BadRequest, NotFound, OneboxError
 from onebox.settings import Settings
 from plugins.registry import load_plugins
 
 
-def create_app(settings: Settings) -> FastAPI:
-    """The app of one worker; its parts are opened when it starts to serve.
+def create_app(settings: Settings, place: Place | None = None) -> FastAPI:
+    """The app of one worker, which counts at its `place` if it has siblings; its parts are opened when it serves.
 
     Raises:
-        SetupError: a plugin cannot be loaded.
+        SetupError: a plugin cannot be loaded, or the packages for tracing are missing.
     """
     plugins = load_plugins(settings.plugins)
     router = Router.load(plugins, settings)
+    tracer = open_tracer(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
-        async with open_gateway(settings, plugins, router) as gateway:
+        async with open_gateway(settings, plugins, router, tracer, place) as gateway:
             app.state.gateway = gateway
             yield
 
     app = FastAPI(title="Onebox", version=__version__, lifespan=lifespan, redoc_url=None, strict_content_type=False)
     for module in (chat, responses, tasks, models, conversations, feedback, health):
         app.include_router(module.router)
-    app.add_middleware(Admission)
+    app.add_middleware(Entrance)
+    app.add_middleware(Observed)
     app.add_exception_handler(OneboxError, _on_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)

@@ -9,8 +9,9 @@ takes 76 µs (32 streams, two cores).
 import asyncio
 import contextlib
 import logging
+import math
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from types import TracebackType
@@ -19,8 +20,10 @@ from typing import Final, Literal, Self, TypeVar
 import aiohttp
 import orjson
 
+from agents.course import Course, LossReason, Lost, Stopped
 from agents.fleet import LOADING_RETRY_S, Fleet
-from agents.generation import End, Frame, Generation, decode, encode
+from agents.generation import End, Frame, Generation, decode
+from agents.watch import Watch
 from onebox.errors import EngineFailed, ModelLoading, OneboxError, Overloaded, Timeout, Unavailable
 from onebox.messages import Message
 from onebox.settings import Settings
@@ -53,62 +56,7 @@ class Receipt:
     freed_ms: float | None
 
 
-LossReason = Literal["cut", "stalled", "silent", "refused"]
 _Answer = TypeVar("_Answer")
-
-
-class _Lost(Exception):
-    """The replica of a reply is lost to it; another one may go on."""
-
-    def __init__(self, reason: LossReason, error: OneboxError) -> None:
-        super().__init__(reason)
-        self.reason: LossReason = reason
-        self.error = error
-
-
-class _Stopped(Exception):
-    """Somebody aborted the call."""
-
-
-class _Course:
-    """How far one call has got and where it is: what an abort from another task needs to know."""
-
-    __slots__ = ("attempts", "call", "door", "ids", "limit", "response", "resumed", "stopped")
-
-    def __init__(self, call: Generation) -> None:
-        self.call = call
-        self.ids = list(call.resume)
-        self.resumed = len(self.ids)  # of these, by the attempt at work
-        self.attempts = 0
-        self.door: str | None = None
-        self.response: aiohttp.ClientResponse | None = None
-        self.limit: asyncio.Timeout | None = None  # of whatever the call waits for
-        self.stopped = False
-
-    @property
-    def wire_id(self) -> str:
-        """Each attempt has an id of its own, for the one before may still be ending."""
-        return f"{self.call.request_id}.{self.attempts}" if self.attempts > 1 else self.call.request_id
-
-    def next_body(self) -> bytes:
-        """The request for what follows."""
-        self.attempts += 1
-        self.resumed = len(self.ids)
-        return encode(self.call, self.ids, self.wire_id)
-
-    def heed(self) -> None:
-        """Raises `_Stopped` once the call is aborted."""
-        if self.stopped:
-            raise _Stopped
-
-    def stop(self) -> None:
-        """End the call, whatever it waits for."""
-        self.stopped = True
-        if self.response is not None:
-            self.response.close()
-        if self.limit is not None:
-            with contextlib.suppress(RuntimeError):  # that wait is over
-                self.limit.reschedule(0.0)
 
 
 class EngineClient:
@@ -121,7 +69,8 @@ class EngineClient:
         self._settings = settings
         self._on_continuation = on_continuation
         self._fleet = Fleet(settings)
-        self._courses: set[_Course] = set()
+        self._watch = Watch(self._fleet, settings.engine_probe_after_s)
+        self._courses: set[Course] = set()
         self._card: Card | None = None
         self._card_time = 0.0
 
@@ -143,7 +92,7 @@ class EngineClient:
         Raises:
             OneboxError: whatever the engine answered, after all that could help was tried; or `abort` ended the call.
         """
-        course = _Course(call)
+        course = Course(call)
         self._courses.add(course)
         continuations = 0
         broken: OneboxError | None = None
@@ -159,7 +108,7 @@ class EngineClient:
                             else:
                                 yield End(item.finish, item.prompt_tokens, len(course.ids))
                     return
-                except _Lost as lost:
+                except Lost as lost:
                     course.heed()
                     self._card_time = 0.0
                     if not course.ids or continuations == self._settings.engine_continuations:
@@ -170,11 +119,12 @@ class EngineClient:
                     way = await self._fleet.another(course.door) if course.door is not None else None
                 except (Unavailable, Overloaded) as error:
                     raise broken or error from error
-        except (OneboxError, _Stopped) as error:
+        except (OneboxError, Stopped) as error:
             if course.stopped:
                 raise EngineFailed(STOPPED) from error
             raise
         finally:
+            course.patience.close()
             self._courses.discard(course)
 
     async def abort(self, request_id: str) -> Receipt:
@@ -187,7 +137,8 @@ class EngineClient:
 
     async def card(self) -> Card:
         """What the fleet serves; asked again each minute and after a failure."""
-        fresh = time.monotonic() - self._card_time < CARD_AGE_S
+        # A fleet that may sleep is not woken for what is known.
+        fresh = time.monotonic() - self._card_time < (math.inf if self._fleet.may_sleep else CARD_AGE_S)
         if self._card is not None and fresh:
             return self._card
         try:
@@ -206,9 +157,34 @@ class EngineClient:
         reply = await self._fleet.ask("POST", "/v1/tokenize", body, self._settings.stall_timeout_s)
         return int(reply["count"])
 
+    def announce(self, queued: Callable[[], int]) -> None:
+        """Tell the fleet, from now on, how many runs wait here for a place of it."""
+        self._fleet.queued = queued
+
+    def places(self) -> int:
+        """Requests that the fleet works on at a time: by its roster, or as at its start while that is not known."""
+        return self._fleet.places() or self._settings.engine_replicas * self._settings.engine_max_ongoing
+
+    async def alive(self, timeout_s: float) -> bool:
+        """Whether any replica answers, however busy it is, or would be woken."""
+        if self._fleet.may_sleep:
+            return await self._fleet.ingress_answers(timeout_s)
+        try:
+            await self._fleet.ask("GET", "/healthz", None, timeout_s)
+        except OneboxError:
+            return False
+        return True
+
+    async def metrics(self, timeout_s: float) -> Mapping[str, str]:
+        """The exposition of each replica that answers, by its door; of any one where no door can be reached."""
+        return await self._fleet.metrics(timeout_s)
+
     async def readiness(self, timeout_s: float) -> tuple[Literal["ready", "loading", "down"], str]:
         """Whether a token can be had, and why not."""
         try:
+            if self._fleet.may_sleep and await self._fleet.another("") is None:
+                awake = await self._fleet.ingress_answers(timeout_s)
+                return ("ready", "asleep") if awake else ("down", "The engine's ingress does not answer.")
             await self._fleet.ask("GET", "/readyz", None, timeout_s)
         except ModelLoading as error:
             return "loading", error.message
@@ -216,20 +192,21 @@ class EngineClient:
             return "down", error.message
         return "ready", ""
 
-    def _tell(self, course: _Course, reason: LossReason) -> None:
+    def _tell(self, course: Course, reason: LossReason) -> None:
         logger.warning("Reply %s lost its replica at token %d (%s)", course.call.request_id, len(course.ids), reason)
         if self._on_continuation is not None:
             self._on_continuation(reason)
 
-    async def _abort(self, courses: Sequence[_Course]) -> Receipt:
+    async def _abort(self, courses: Sequence[Course]) -> Receipt:
         receipts = await asyncio.gather(*map(self._abort_one, courses))
         tokens = [receipt.tokens for receipt in receipts if receipt.tokens is not None]
         freed_ms = [receipt.freed_ms for receipt in receipts if receipt.freed_ms is not None]
         return Receipt(sum(tokens) if tokens else None, max(freed_ms, default=None))
 
-    async def _abort_one(self, course: _Course) -> Receipt:
+    async def _abort_one(self, course: Course) -> Receipt:
         """The call is ended even where no replica answers: the connection that it has is closed."""
-        doors = [course.door] if course.response is not None and course.door is not None else self._fleet.doors()
+        known = course.door if course.response is not None else course.heading
+        doors = [known] if known is not None else self._fleet.doors()
         body = orjson.dumps({"request_id": course.wire_id})
         course.stopped = True
         try:
@@ -243,11 +220,11 @@ class EngineClient:
                 return Receipt(course.resumed + answer["completion_tokens"], answer["freed_ms"])
         return Receipt(len(course.ids), None)
 
-    async def _reply(self, course: _Course, way: str | None) -> AsyncGenerator[Frame | End, None]:
+    async def _reply(self, course: Course, way: str | None) -> AsyncGenerator[Frame | End, None]:
         """What one replica, the one at `way` by preference, adds to the reply.
 
         Raises:
-            _Lost: it broke off, and another replica may go on.
+            Lost: it broke off, and another replica may go on.
         """
         call = course.call
         if course.ids and len(course.ids) >= call.max_tokens:
@@ -269,16 +246,17 @@ class EngineClient:
                         return
                     yield item
                 chunk = await self._next(course, response)
-            raise _Lost(
+            raise Lost(
                 "cut",
                 EngineFailed("The engine ended the reply without saying how; what came before stands. Try again."),
             )
         finally:
             course.response = None
+            self._fleet.leave(course.door)
             if not whole:
                 response.close()
 
-    async def _begin(self, course: _Course, way: str | None) -> tuple[aiohttp.ClientResponse, bytes]:
+    async def _begin(self, course: Course, way: str | None) -> tuple[aiohttp.ClientResponse, bytes]:
         """The response and its first bytes. Only a reply that has begun is worth waiting for a replica."""
         if not course.ids:
             deadline = time.monotonic() + self._settings.first_token_timeout_s
@@ -293,9 +271,9 @@ class EngineClient:
         try:
             return await self._patiently(course, ask)
         except (EngineFailed, Timeout) as error:
-            raise _Lost("refused", error) from error
+            raise Lost("refused", error) from error
 
-    async def _first(self, course: _Course, deadline: float) -> tuple[aiohttp.ClientResponse, bytes]:
+    async def _first(self, course: Course, deadline: float) -> tuple[aiohttp.ClientResponse, bytes]:
         """The first bytes of a reply.
 
         Where they are late and a replica is found dead, it may be the one that was asked: another is asked instead.
@@ -305,10 +283,11 @@ class EngineClient:
         try:
             await asyncio.wait((asking,), timeout=self._settings.engine_probe_after_s)
             if not asking.done():
-                watching = asyncio.create_task(self._another_than_a_dead_one())
+                watching = asyncio.create_task(self._watch.another(course))
                 await asyncio.wait((asking, watching), return_when=asyncio.FIRST_COMPLETED)
             if asking.done() or watching is None:
                 return asking.result()
+            asking.cancel()
             self._tell(course, "silent")
             return await self._attempt(course, watching.result(), deadline)
         finally:
@@ -317,15 +296,6 @@ class EngineClient:
                 watching.cancel()
                 await asyncio.gather(watching, return_exceptions=True)
             await asyncio.gather(asking, return_exceptions=True)
-
-    async def _another_than_a_dead_one(self) -> str:
-        """The door of a replica that lives, once one is found that does not."""
-        while True:
-            for door in self._fleet.doors():
-                if not await self._fleet.lives(door) and (other := await self._fleet.another(door)) is not None:
-                    self._fleet.forget(door)
-                    return other
-            await asyncio.sleep(self._settings.engine_probe_after_s)
 
     async def _soon(self, ask: Callable[[], Awaitable[_Answer]]) -> _Answer:
         """The answer after as many attempts as the short budget allows."""
@@ -340,7 +310,7 @@ class EngineClient:
             await asyncio.sleep(pause_s)
         raise AssertionError("the last attempt returns or raises")
 
-    async def _patiently(self, course: _Course, ask: Callable[[], Awaitable[_Answer]]) -> _Answer:
+    async def _patiently(self, course: Course, ask: Callable[[], Awaitable[_Answer]]) -> _Answer:
         """The answer once a replica is there and has room, if that is within `engine_patience_s`."""
         until = time.monotonic() + self._settings.engine_patience_s
         pause_s, longest_s = PATIENT_PAUSES_S
@@ -351,49 +321,51 @@ class EngineClient:
                 if time.monotonic() + pause_s > until:
                     raise
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(None) as course.limit:
-                    await asyncio.sleep(pause_s)
+                await course.patience.wait(asyncio.sleep(pause_s), math.inf)
             course.heed()
             pause_s = min(2 * pause_s, longest_s)
 
-    async def _attempt(self, course: _Course, way: str | None, deadline: float) -> tuple[aiohttp.ClientResponse, bytes]:
+    async def _attempt(self, course: Course, way: str | None, deadline: float) -> tuple[aiohttp.ClientResponse, bytes]:
         course.heed()
-        response: aiohttp.ClientResponse | None = None
         try:
-            async with asyncio.timeout(max(0.0, deadline - time.monotonic())) as course.limit:
-                response, course.door = await self._fleet.open("POST", "/v1/generate", course.next_body(), door=way)
-                chunk = await response.content.readany()
+            return await course.patience.wait(self._asked(course, way), deadline - time.monotonic())
+        except aiohttp.ClientError as error:
+            course.heed()
+            raise EngineFailed("The engine broke off the reply before its first token. Try again.") from error
+        except TimeoutError:
+            course.heed()
+            seconds = self._settings.first_token_timeout_s
+            raise Timeout(
+                f"The engine sent no token within {seconds:g} s: it is overloaded or stuck. Try again later.",
+                retry_after_s=LOADING_RETRY_S,
+            ) from None
+
+    async def _asked(self, course: Course, way: str | None) -> tuple[aiohttp.ClientResponse, bytes]:
+        response, course.door = await self._fleet.begin(course.next_body(), course.call.affinity, way, course.head_for)
+        try:
+            chunk = await response.content.readany()
             if not chunk:
                 raise EngineFailed("The engine ended the reply before its first token. Try again.")
-        except BaseException as error:
-            if response is not None:
-                response.close()
-            if isinstance(error, aiohttp.ClientError | TimeoutError):
-                course.heed()
-            if isinstance(error, aiohttp.ClientError):
-                raise EngineFailed("The engine broke off the reply before its first token. Try again.") from error
-            if isinstance(error, TimeoutError):
-                seconds = self._settings.first_token_timeout_s
-                raise Timeout(
-                    f"The engine sent no token within {seconds:g} s: it is overloaded or stuck. Try again later.",
-                    retry_after_s=LOADING_RETRY_S,
-                ) from None
+        except BaseException:
+            response.close()
+            self._fleet.leave(course.door)
             raise
         return response, chunk
 
-    async def _next(self, course: _Course, response: aiohttp.ClientResponse) -> bytes:
+    async def _next(self, course: Course, response: aiohttp.ClientResponse) -> bytes:
         """The next bytes. A replica that is silent is watched; one that is silent for too long is lost."""
         course.heed()
         silent_s, stalled_s = self._settings.engine_probe_after_s, self._settings.stall_timeout_s
         try:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(min(silent_s, stalled_s)) as course.limit:
-                    return await response.content.readany()
-            course.heed()
-            async with asyncio.timeout(max(0.0, stalled_s - silent_s)) as course.limit:
-                return await self._watched(course, response)
+            try:
+                return await course.patience.wait(response.content.readany(), min(silent_s, stalled_s))
+            except TimeoutError:
+                course.heed()
+            return await course.patience.wait(
+                self._watch.read(course, response.content.readany()), stalled_s - silent_s
+            )
         except aiohttp.ClientError as error:
-            raise _Lost(
+            raise Lost(
                 "cut",
                 EngineFailed(
                     "The engine broke off the reply: its process or connection ended. What came before stands. "
@@ -402,31 +374,9 @@ class EngineClient:
             ) from error
         except TimeoutError:
             course.heed()
-            raise _Lost(
+            raise Lost(
                 "stalled", EngineFailed(f"The engine fell silent for {stalled_s:g} s in mid-reply. Try again.")
             ) from None
-
-    async def _watched(self, course: _Course, response: aiohttp.ClientResponse) -> bytes:
-        """The next bytes, unless the replica turns out dead before and there is another one."""
-        reading = asyncio.create_task(response.content.readany())
-        watching = asyncio.create_task(self._until_dead(course.door))
-        try:
-            await asyncio.wait((reading, watching), return_when=asyncio.FIRST_COMPLETED)
-            if reading.done():
-                return reading.result()
-            raise _Lost("silent", EngineFailed("The engine's process fell silent in mid-reply. Try again."))
-        finally:
-            reading.cancel()
-            watching.cancel()
-            await asyncio.gather(reading, watching, return_exceptions=True)
-
-    async def _until_dead(self, door: str | None) -> None:
-        """Returns once the replica at `door` does not answer and another one does."""
-        while True:
-            if door is not None and not await self._fleet.lives(door) and await self._fleet.another(door) is not None:
-                self._fleet.forget(door)
-                return
-            await asyncio.sleep(self._settings.engine_probe_after_s)
 
 
 def _decode(line: bytes) -> Frame | End:
@@ -434,7 +384,7 @@ def _decode(line: bytes) -> Frame | End:
         return decode(line)
     except OneboxError as error:
         if error.retryable:
-            raise _Lost("cut", error) from error
+            raise Lost("cut", error) from error
         raise
 
 

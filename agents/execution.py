@@ -1,32 +1,31 @@
 """The execution of one run on its owner: the plan's plugins in order, as events in the run's log, with one end.
 
 It assigns every event that is not the plugin's own and counts what was spent. A run taken over from another worker is
-executed again from its start against its journal and log. Who owns a run is `agents.runs`; writing is
-`agents.run_log`.
+executed again from its start against its journal and log. What runs share is `agents.executor`, who owns one
+`agents.runs`; writing is `agents.run_log`.
 """
 
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
-from pydantic import ValidationError
-
-from agents.context import EngineLLM, Meter, RunContext
+from agents.context import RunContext
 from agents.conversations import Fault, Variant
-from agents.engine import Card, EngineClient
+from agents.executor import Executor
 from agents.instruction import split_instruction
 from agents.journal import Diverged, Entry, Journal
-from agents.metrics import Metrics
+from agents.llm import Meter
+from agents.params import fit_params
 from agents.replay import Replay
-from agents.router import Router
 from agents.run_log import RunLog
 from agents.run_store import Ending, RunRequest
-from agents.store import Store
-from onebox.errors import BadRequest, Internal, OneboxError, PluginFailed, Timeout, Unavailable
+from agents.tracing import Span
+from onebox import logs
+from onebox.errors import Internal, OneboxError, PluginFailed, Timeout
 from onebox.events import (
     Check,
     Citation,
@@ -35,6 +34,7 @@ from onebox.events import (
     Failed,
     Output,
     Progress,
+    Queued,
     Routed,
     StepDone,
     StepStarted,
@@ -43,42 +43,13 @@ from onebox.events import (
     Usage,
 )
 from onebox.messages import Message, user
-from onebox.plugin import Plugin, Sampling, Task, TaskParams
-from onebox.settings import Settings
+from onebox.plugin import Sampling, Task
 
 RAW: Final = "raw"
 AUTO: Final = "auto"
 PROGRESS_TEXT_MAX: Final = 200
-ENGINE_PAUSE_S: Final = 0.5
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Executor:
-    """Everything runs share in one worker."""
-
-    settings: Settings
-    plugins: Mapping[str, Plugin]
-    router: Router
-    engine: EngineClient
-    store: Store
-    metrics: Metrics
-
-    async def decide(self, request: RunRequest, messages: tuple[Message, ...], meter: Meter, name: str) -> Routed:
-        """The route of a request, without the work. `name` and `meter` are for the engine call, where there is one."""
-        llm: EngineLLM | None = None
-        if self.settings.router_engine and request.task is None:
-            llm = self.llm(request, await self.engine.card(), meter, Journal(_unnoted), f"{name}-route")
-        routed = await self.router.route(messages, explicit=request.task, llm=llm)
-        self.metrics.count_route(routed.tier, routed.task)
-        return routed
-
-    def llm(self, request: RunRequest, card: Card, meter: Meter, journal: Journal, name: str) -> EngineLLM:
-        """The engine as one run sees it; `name` begins the names of its calls."""
-        room = min(self.settings.max_tokens_default, card.context_length)
-        session = request.conversation_id
-        return EngineLLM(self.engine, card, meter, journal, name, request.tenant, session, room)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +60,16 @@ class Before:
     entries: Sequence[Entry] = ()
     taken_over: bool = False
     refusal: OneboxError | None = None
+
+    @property
+    def has_reply(self) -> bool:
+        """Whether an engine had begun to answer."""
+        return any(entry.kind in ("frame", "end") for entry in self.entries)
+
+    @property
+    def position(self) -> int:
+        """Where it stood in the queue, as last told; 0 where it did not wait."""
+        return next((event.position for event in reversed(self.events) if isinstance(event, Queued)), 0)
 
 
 @dataclass(slots=True)
@@ -124,6 +105,8 @@ class Execution:
         self._replay = Replay(before.events[1:])
         self.log = open_log(self.stop, self.abandon)
         self._journal = Journal(self.log.note, before.entries)
+        self._claim = executor.admission.claim(request.tenant, self._wait, begun=before.has_reply, told=before.position)
+        self._claim.name_step(self._step)
         self._work: asyncio.Task[Completed] | None = None
         self._stopping: asyncio.Task[Stopped] | None = None
         self._abandoned = False
@@ -138,19 +121,22 @@ class Execution:
 
     async def run(self) -> None:
         """Execute to the end and return once that is stored, or once another worker has the run."""
+        logs.bind(run=self._request.run_id, tenant=self._request.tenant)
         metrics = self._executor.metrics
         metrics.running.inc()
         try:
-            self._work = asyncio.create_task(self._execute(), name=self._request.run_id)
-            ended = await self._ended(self._work)
-            if ended is not None:
-                self._end(ended)
-                await asyncio.wait((self.log.ended,))
-                task = self._seen.routed.task if self._seen.routed else self._step
-                spent = self._meter
-                metrics.count_run(task, ended.kind, spent.prompt_tokens, spent.completion_tokens)
+            with self._executor.tracer.span("run", parent=self._request.traceparent) as span:
+                span.note(onebox__run=self._request.run_id, onebox__tenant=logs.hashed(self._request.tenant))
+                self._work = asyncio.create_task(self._execute(), name=self._request.run_id)
+                ended = await self._ended(self._work)
+                self._claim.leave()
+                if ended is not None:
+                    self._end(ended)
+                    await asyncio.wait((self.log.ended,))
+                    self._account(ended, span)
         finally:
             metrics.running.dec()
+            self._claim.leave()
             if self._work is not None:
                 self._work.cancel()
             if self._stopping is not None:
@@ -215,6 +201,44 @@ class Execution:
             raise Diverged("the plugins ended before what they had done")
         return Completed(self._meter.finish)
 
+    def _account(self, ended: Completed | Failed | Stopped, span: Span) -> None:
+        """Say what the run was and what it cost."""
+        spent, seconds = self._meter, time.monotonic() - self._started
+        self._executor.metrics.count_run(self._task, ended.kind, spent.prompt_tokens, spent.completion_tokens, seconds)
+        span.note(onebox__task=self._task, onebox__state=ended.kind, onebox__epoch=self.log.epoch)
+        span.note(gen_ai__usage__input_tokens=spent.prompt_tokens, gen_ai__usage__output_tokens=spent.completion_tokens)
+        code = ended.code if isinstance(ended, Failed) else None
+        if code is not None:
+            span.fail(code)
+        logger.info(
+            "Run of %r %s%s in %.3f s, %d + %d tokens",
+            self._task,
+            ended.kind,
+            f" ({code})" if code else "",
+            seconds,
+            spent.prompt_tokens,
+            spent.completion_tokens,
+        )
+
+    @property
+    def _task(self) -> str:
+        """The first task of the route, as soon as there is one."""
+        return self._seen.routed.task if self._seen.routed else self._step
+
+    @contextmanager
+    def _measured(self, plugin: str) -> Iterator[None]:
+        """Count and trace the work of a plugin."""
+        began, end = time.monotonic(), "stopped"
+        try:
+            with self._executor.tracer.span(f"plugin {plugin}"):
+                yield
+            end = "ok"
+        except Exception:
+            end = "failed"
+            raise
+        finally:
+            self._executor.metrics.count_plugin(plugin, end, time.monotonic() - began)
+
     def _emit(self, event: Event) -> None:
         events = [event]
         if isinstance(event, TextDelta):
@@ -229,11 +253,16 @@ class Execution:
         if fresh:
             self.log.put(*fresh)
 
+    def _wait(self, position: int, wait_s: float | None) -> None:
+        """Log where the run stands in the queue; that is no part of what it does."""
+        if self._stopping is None:
+            self.log.put(Queued(position, wait_s))
+
     def _see(self, event: Event) -> None:
         seen = self._seen
         if isinstance(event, TextDelta):
             if not seen.pieces and not self._before.taken_over:
-                self._executor.metrics.first_token_s.observe(time.monotonic() - self._started)
+                self._executor.metrics.count_first_token(self._task, time.monotonic() - self._started)
             seen.pieces.append(event.text)
         elif isinstance(event, Routed):
             seen.routed = event
@@ -264,30 +293,37 @@ class Execution:
         if not meter.drawn:
             earlier = sum(len(entry.value[1]) for entry in self._before.entries if entry.kind == "frame")
             return Stopped(max(earlier, meter.completion_tokens))
-        receipt = await self._executor.engine.abort_prefix(f"{self.name}-")
+        receipt = await self._executor.engines.abort_prefix(f"{self.name}-")
         more = max(0, receipt.tokens - drawn) if receipt.tokens is not None else 0
         freed_ms = round(receipt.freed_ms, 1) if receipt.freed_ms is not None else None
         return Stopped(meter.completion_tokens + more, max(0, room - more), freed_ms)
 
     async def _events(self) -> AsyncGenerator[Event, None]:
         request, executor = self._request, self._executor
-        llm = executor.llm(request, await self._card(), self._meter, self._journal, self.name)
+        llm = executor.llm(request, self._meter, self._journal, self.name, self._claim)
+        # A run taken over waits for a fleet that starts.
+        patience_s = executor.settings.engine_patience_s if self._before.taken_over else 0.0
         if request.raw:
+            wanted = executor.engines.spec.order(None) if request.model is None else (request.model,)
+            await llm.bind(wanted, patience_s)
             async with aclosing(llm.stream(self._messages, request.sampling)) as deltas:
                 async for delta in deltas:
                     yield delta
             return
         routed = self._seen.routed or request.routed
         if routed is None:
-            routed = await executor.decide(request, self._messages, self._meter, self.name)
-        yield routed
+            routed = await executor.decide(request, self._messages, self._meter, self.name, self._claim)
         plan = [executor.plugins[name] for name in routed.plan or (routed.task,)]
-        options = _fit_params(plan, request.params)
+        options = fit_params(plan, request.params)
         messages = _without_command(self._messages, routed) if request.task is None else self._messages
         asked = messages[-1].text
         for index, (plugin, params) in enumerate(zip(plan, options, strict=True)):
             last = index == len(plan) - 1
             self._step = plugin.name
+            self._claim.name_step(plugin.name)
+            await llm.bind(executor.engines.spec.order(plugin.name), patience_s)
+            if index == 0:
+                yield routed
             yield StepStarted(index, plugin.name)
             if not last:
                 yield Progress(index, len(plan), plugin.name)
@@ -304,40 +340,22 @@ class Execution:
                 logger,
             )
             task = Task(messages, params, request.sampling if last else Sampling(seed=request.sampling.seed))
-            async with aclosing(plugin.run(task, context)) as events:
-                async for event in events:
-                    if type(event) is TextDelta and not last:
-                        pieces.append(event.text)
-                    elif isinstance(event, TextDelta | Progress | Citation | Check):
-                        yield event
-                    else:
-                        raise PluginFailed(
-                            f"Plugin {plugin.name!r} sent {event.kind!r}, which is not a plugin's to send."
-                        )
+            with self._measured(plugin.name):
+                async with aclosing(plugin.run(task, context)) as events:
+                    async for event in events:
+                        if type(event) is TextDelta and not last:
+                            pieces.append(event.text)
+                        elif isinstance(event, TextDelta | Progress | Citation | Check):
+                            yield event
+                        else:
+                            raise PluginFailed(
+                                f"Plugin {plugin.name!r} sent {event.kind!r}, which is not a plugin's to send."
+                            )
             yield StepDone(index, plugin.name, self._meter.finish)
             if not last:
                 text = "".join(pieces)
                 yield Progress(index + 1, len(plan), text[:PROGRESS_TEXT_MAX])
                 messages = (*messages[:-1], user(f"{_instruction(asked)}\n\n{text}"))
-
-    async def _card(self) -> Card:
-        """What the fleet serves, as the run knew it from its start; a run taken over waits for a fleet that starts."""
-        engine = self._executor.engine
-        patience_s = self._executor.settings.engine_patience_s if self._before.taken_over else 0.0
-        until = time.monotonic() + patience_s
-        key = self._journal.open("card")
-        if (entry := await self._journal.answer(key)) is not None:
-            return Card(*entry.value)
-        while True:
-            try:
-                card = await engine.card()
-            except Unavailable:
-                if time.monotonic() > until:
-                    raise
-                await asyncio.sleep(ENGINE_PAUSE_S)
-            else:
-                self._journal.note(key, "value", [card.id, card.context_length])
-                return card
 
     def _defect(self) -> OneboxError:
         if self._step in self._executor.plugins:
@@ -347,43 +365,8 @@ class Execution:
         return Internal("The gateway failed: it has a defect, which the log describes.")
 
 
-def check_params(plugin: Plugin, params: Mapping[str, object]) -> TaskParams:
-    """The plugin's own options out of untyped ones.
-
-    Raises:
-        BadRequest: an option is unknown or has a bad value.
-    """
-    try:
-        return plugin.Params.model_validate(dict(params))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        name = ".".join(str(part) for part in first["loc"]) or "params"
-        known = ", ".join(repr(option) for option in plugin.Params.model_fields) or "none"
-        raise BadRequest(
-            f"Option {name!r} of task {plugin.name!r} is not usable: {first['msg'].lower()}. Known options: {known}.",
-            param=f"params.{name}",
-        ) from None
-
-
-def _unnoted(entry: Entry) -> None:
-    """The router's calls are no part of a run's journal: its decision is in the log."""
-
-
 def _failed(error: OneboxError) -> Failed:
     return Failed(error.code, error.message, error.retryable, error.retry_after_s, error.param)
-
-
-def _fit_params(plan: Sequence[Plugin], params: Mapping[str, object]) -> list[TaskParams]:
-    """Each step's options; in a chain every option goes to the steps that know it, and one must."""
-    if len(plan) == 1:
-        return [check_params(plan[0], params)]
-    known = {name for plugin in plan for name in plugin.Params.model_fields}
-    if stray := sorted(set(params) - known):
-        raise BadRequest(f"Option {stray[0]!r} belongs to no task of the plan.", param=f"params.{stray[0]}")
-    return [
-        check_params(plugin, {name: value for name, value in params.items() if name in plugin.Params.model_fields})
-        for plugin in plan
-    ]
 
 
 def _without_command(messages: tuple[Message, ...], routed: Routed) -> tuple[Message, ...]:

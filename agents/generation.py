@@ -5,7 +5,8 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from hashlib import blake2b
+from typing import Any, Final
 
 import orjson
 
@@ -14,13 +15,15 @@ from onebox.events import Alternative, FinishReason, Token
 from onebox.messages import Message
 from onebox.plugin import Sampling
 
+AFFINITY_CHARS: Final = 2048
+
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """One engine call. `choice` constrains the reply to one of these texts.
+    """One engine call. `choice` constrains the reply to one of these texts; `adapter` is the LoRA adapter that speaks.
 
     `resume` has the tokens of the reply that are drawn already; they count towards `max_tokens`, and the frames begin
-    after them.
+    after them. Calls of one `affinity` go to one replica, as far as its load allows; see `affinity_key`.
     """
 
     request_id: str
@@ -30,7 +33,10 @@ class Generation:
     choice: Sequence[str] | None = None
     cache_salt: str | None = None
     session: str | None = None
+    adapter: str | None = None
     resume: Sequence[int] = ()
+    affinity: str | None = None
+    traceparent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +60,20 @@ class End:
     finish: FinishReason
     prompt_tokens: int
     completion_tokens: int
+
+
+def affinity_key(messages: Sequence[Message], tenant: str, conversation: str | None) -> str:
+    """The same for calls that share a long prefix: those of a conversation, or of one prompt and one first message.
+
+    The beginning of a message is enough: questions on one document differ at its end.
+    """
+    if conversation is not None:
+        parts = [conversation]
+    else:
+        first = next((message.text for message in messages if message.role != "system"), "")
+        systems = [message.text for message in messages if message.role == "system"]
+        parts = [tenant, *systems, first[:AFFINITY_CHARS]]
+    return blake2b("\n".join(parts).encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
 def encode(call: Generation, ids: Sequence[int], wire_id: str) -> bytes:
@@ -83,6 +103,10 @@ def encode(call: Generation, ids: Sequence[int], wire_id: str) -> bytes:
         body["cache_salt"] = call.cache_salt
     if call.session is not None:
         body["session"] = call.session
+    if call.adapter is not None:
+        body["adapter"] = call.adapter
+    if call.traceparent is not None:
+        body["traceparent"] = call.traceparent
     return orjson.dumps(body)
 
 

@@ -2,7 +2,7 @@
 
 A new owner runs the plugins again from the start. Each call of theirs is answered from the journal, strictly in the
 order in which the answers came the first time; when the journal is used up, the open call continues at the engine.
-Writing entries to the store is `agents.run_log`; what the calls are is `agents.context`.
+Writing entries to the store is `agents.run_log`; what the calls are is `agents.llm` and `agents.context`.
 """
 
 import asyncio
@@ -18,7 +18,7 @@ from onebox.errors import OneboxError
 
 STUCK_S: Final = 5.0
 
-Kind = Literal["frame", "end", "value", "error"]
+Kind = Literal["frame", "end", "value", "error", "model"]
 
 
 class Diverged(Exception):

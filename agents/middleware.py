@@ -1,5 +1,6 @@
-"""What every request passes first: the key, then the size of the body. Pure ASGI, so streams are not wrapped.
+"""What every request passes first: key, queue, size of the body. Pure ASGI, so streams are not wrapped.
 
+Under overload most requests end here, unread: a refusal must cost next to nothing, or those who were let in pay for it.
 A body is read here to its end, or to its limit, and handed on whole.
 """
 
@@ -13,14 +14,16 @@ from agents.api.replies import error_response
 from agents.gateway import Gateway
 from onebox.errors import BadRequest, BodyTooLarge, Internal, OneboxError
 
-OPEN_PATHS: Final = frozenset({"/healthz", "/readyz", "/metrics", "/docs", "/openapi.json"})
+OPEN_PATHS: Final = frozenset({"/healthz", "/readyz", "/metrics", "/metrics/engines", "/docs", "/openapi.json"})
+RUN_PATHS: Final = frozenset({"/v1/chat/completions", "/v1/responses"})
+TASK_PATHS: Final = "/v1/tasks/"
 BODY_TIMEOUT_S: Final = 30.0
 SWALLOW_MAX_BYTES: Final = 16 * 1024 * 1024
 
 logger = logging.getLogger(__name__)
 
 
-class Admission:
+class Entrance:
     """Lets a request in, or answers it with an error."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -33,7 +36,9 @@ class Admission:
         gateway: Gateway = scope["app"].state.gateway
         try:
             if scope["path"] not in OPEN_PATHS:
-                scope["principal"] = await gateway.keys.resolve(_bearer(scope))
+                scope["principal"] = principal = await gateway.keys.resolve(_bearer(scope))
+                if _starts_a_run(scope):
+                    gateway.executor.admission.check(principal.tenant)
             body = await _read(scope, receive, gateway.settings.body_max_bytes)
         except OneboxError as error:
             gateway.metrics.count_error(error.code)
@@ -71,12 +76,22 @@ class _Replay:
         return await self._receive()
 
 
+def _starts_a_run(scope: Scope) -> bool:
+    """Whether the request asks for a new run; one with an idempotency key may be for an old one, and must be read."""
+    path = scope["path"]
+    if scope["method"] != "POST" or not (path in RUN_PATHS or path.startswith(TASK_PATHS)):
+        return False
+    return header(scope, b"idempotency-key") is None
+
+
+def header(scope: Scope, name: bytes) -> str | None:
+    """The value of a request's first header of this name, which is in lower case."""
+    return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
+
+
 def _bearer(scope: Scope) -> str | None:
-    for name, value in scope["headers"]:
-        if name == b"authorization":
-            scheme, _, token = value.decode("latin-1").partition(" ")
-            return token.strip() if scheme.lower() == "bearer" else None
-    return None
+    scheme, _, token = (header(scope, b"authorization") or "").partition(" ")
+    return token.strip() if scheme.lower() == "bearer" else None
 
 
 async def _read(scope: Scope, receive: Receive, limit: int) -> bytes:

@@ -7,7 +7,7 @@ kept in memory for them is `agents.tails`.
 import asyncio
 import logging
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Final
 
 from agents.run_store import RunStore, unknown_run
@@ -108,7 +108,12 @@ class Readers:
                 continue
             if tail.closed:
                 return
-            await tail.wait(READER_WAKE_S)
+            if tail.away_since is None:
+                await tail.wait()
+                continue
+            with suppress(TimeoutError):
+                async with asyncio.timeout(READER_WAKE_S):
+                    await tail.wait()
             if tail.away_since is not None and _now() - tail.away_since > READER_PATIENCE_S:
                 raise StoreUnavailable(
                     "The store does not answer, so the reply cannot be read on. It is kept. Follow it again.",
@@ -131,8 +136,9 @@ class Readers:
                 try:
                     page, state = await self._store.page(tenant, run_id, tail.next)
                 except StoreUnavailable as error:
-                    tail.away_since = tail.away_since or _now()
-                    if _now() - tail.away_since > READER_PATIENCE_S:
+                    since = tail.away_since or _now()
+                    tail.miss_store(since)
+                    if _now() - since > READER_PATIENCE_S:
                         tail.close(error)
                         return
                     await asyncio.sleep(POLL_IDLE_S)

@@ -1,21 +1,22 @@
 """What of a run's events is new when another worker runs its plugins again.
 
 The log has a beginning of the same events. What it has is not sent twice; what differs from it must not be sent at
-all. Pieces of text may be cut otherwise the second time: they are compared as text.
+all. Pieces of text may be cut otherwise the second time: they are compared as text. Having waited in a queue is no
+part of what was done.
 """
 
 from collections import deque
 from collections.abc import Iterable
 
 from agents.journal import Diverged
-from onebox.events import Event, TextDelta, Token
+from onebox.events import Event, Queued, TextDelta, Token
 
 
 class Replay:
     """Compares the events of a second run with `logged`, those of the first."""
 
     def __init__(self, logged: Iterable[Event]) -> None:
-        self._logged = deque(event for event in logged if not isinstance(event, TextDelta) or event.text)
+        self._logged = deque(event for event in logged if _was_done(event))
         self._offset = 0
 
     @property
@@ -56,6 +57,10 @@ class Replay:
         if not text:
             return None
         return TextDelta(text, _tokens_of(delta, text))
+
+
+def _was_done(event: Event) -> bool:
+    return bool(event.text) if isinstance(event, TextDelta) else not isinstance(event, Queued)
 
 
 def _tokens_of(delta: TextDelta, rest: str) -> tuple[Token, ...]:

@@ -38,7 +38,11 @@ OUTPUT_TYPES: Final[dict[OutputStage, str]] = {
     "item_done": "response.output_item.done",
 }
 # OpenAI's codes for a failed response are a closed set; ours stands beside it as `type`.
-_ERROR_CODES: Final = {"overloaded": "rate_limit_exceeded", "context_length_exceeded": "invalid_prompt"}
+_ERROR_CODES: Final = {
+    "overloaded": "rate_limit_exceeded",
+    "rate_limited": "rate_limit_exceeded",
+    "context_length_exceeded": "invalid_prompt",
+}
 
 
 @dataclass(frozen=True, slots=True)

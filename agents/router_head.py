@@ -101,13 +101,18 @@ class Head:
 
     def cues(self, judgement: Judgement, text: str, task: str) -> tuple[Cue, ...]:
         """The spans of `text` whose n-grams spoke most for `task` against the other tasks."""
-        column = TASKS.index(task)
-        contrast = self.grams[:, column] - (self.grams.sum(axis=1) - self.grams[:, column]) / (len(TASKS) - 1)
-        scores = np.zeros(len(text) + 1, dtype=np.float32)
-        for gram in judgement.features.grams:
-            share = float(contrast[gram.bucket]) * gram.sign * judgement.features.value / (gram.end - gram.start)
-            scores[gram.start : gram.end] += share
-        return _best_spans(text, scores)
+        features = judgement.features
+        if not features.grams:  # nothing but signs
+            return ()
+        rows = self.grams[[gram.bucket for gram in features.grams]]
+        own = rows[:, TASKS.index(task)]
+        contrast = own - (rows.sum(axis=1) - own) / (len(TASKS) - 1)
+        starts, ends, signs = np.array([(gram.start, gram.end, gram.sign) for gram in features.grams]).T
+        weights = contrast * signs * features.value / (ends - starts)
+        steps = np.zeros(len(text) + 1)  # of the score from one character to the next
+        np.add.at(steps, starts.astype(int), weights)
+        np.add.at(steps, ends.astype(int), -weights)
+        return _best_spans(text, np.cumsum(steps))
 
 
 def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -117,7 +122,7 @@ def softmax(logits: NDArray[np.float32]) -> NDArray[np.float32]:
     return result
 
 
-def _best_spans(text: str, scores: NDArray[np.float32]) -> tuple[Cue, ...]:
+def _best_spans(text: str, scores: NDArray[np.float64]) -> tuple[Cue, ...]:
     pieces = [(float(scores[m.start() : m.end()].sum()), m.start(), m.end()) for m in _WORD.finditer(text)]
     best = max((weight for weight, _, _ in pieces), default=0.0)
     if best <= 0:

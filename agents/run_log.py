@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from math import inf
 from typing import Any, Final
 
 from agents.journal import Entry, encode_entries
@@ -54,7 +55,7 @@ class RunLog:
         self.epoch = epoch
         self.keys = RunKeys(request.tenant, request.run_id)
         self.tail = tail
-        self.due = float("inf")
+        self.due = inf  # when it is to be written
         self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._writer = writer
         self._events_stored, self._entries_stored = stored
@@ -69,7 +70,6 @@ class RunLog:
         self._flight: _Flight | None = None
         self._text_began = False
         self._closed = False
-        self._away_since: float | None = None
 
     @property
     def pending(self) -> bool:
@@ -148,7 +148,7 @@ class RunLog:
             self._flight = _Flight(call, events, 1 if entries else 0, ending is not None)
             self._events, self._entries, self._bytes = [], [], 0
             self._room.set()
-        self.due = float("inf")
+        self.due = inf
         return self._flight.call
 
     def land(self, reply: Any, sent: float, now: float) -> None:
@@ -159,7 +159,7 @@ class RunLog:
         if isinstance(reply, StoreUnavailable):
             self._wait_for_store(sent, now)
             return
-        self._away_since = self.tail.away_since = None
+        self.tail.away_since = None
         if reply == b"lost":
             logger.warning("Run %s belongs to another worker now", self.request.run_id)
             self._on_lost()
@@ -169,10 +169,7 @@ class RunLog:
         self._entries_stored += flight.entries
         self.tail.publish(flight.events)
         if flight.last:
-            self._closed = True
-            self._writer.drop(self)
-            self.tail.close()
-            self.ended.set_result(None)
+            self._finish()
             return
         if reply == b"1":
             self._on_stop()
@@ -181,11 +178,26 @@ class RunLog:
         else:
             self._writer.drop(self)
 
+    def skip(self) -> None:
+        """Show what waits without storing it; only for a log that is switched off."""
+        events, ending = tuple(self._events), self._ending
+        self._events, self._entries, self._bytes = [], [], 0
+        self._room.set()
+        self.tail.publish(events)
+        if ending is not None and not self._closed:
+            self._finish()
+
+    def _finish(self) -> None:
+        self._closed = True
+        self._writer.drop(self)
+        self.tail.close()
+        self.ended.set_result(None)
+
     def _wait_for_store(self, sent: float, now: float) -> None:
-        self._away_since = self._away_since or sent
-        self.tail.away_since = self._away_since
+        since = self.tail.away_since or sent
+        self.tail.miss_store(since)
         self.due = now + AWAY_PAUSE_S
-        if now - self._away_since > self._writer.patience_s:
+        if now - since > self._writer.patience_s:
             logger.warning("Run %s is given up here: the store has been away for too long", self.request.run_id)
             self._on_lost()
 
@@ -224,9 +236,10 @@ class LogWriter:
     def schedule(self, log: RunLog, *, urgent: bool) -> None:
         """Write `log` at once, or with all others at the next tick."""
         if not self._enabled:
-            while log.board() is not None:
-                log.land(b"0", 0.0, 0.0)
+            log.skip()
             return
+        if not urgent and log.due < inf:
+            return  # it goes with what waits already
         now = asyncio.get_running_loop().time()
         due = now if urgent or self._interval_s == 0 else (now // self._interval_s + 1) * self._interval_s
         if log not in self._pending or due < log.due:
@@ -238,6 +251,7 @@ class LogWriter:
     def drop(self, log: RunLog) -> None:
         """Nothing of `log` is left to write."""
         self._pending.pop(log, None)
+        log.due = inf
         if not self._pending:
             self._idle.set()
 

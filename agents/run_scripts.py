@@ -96,16 +96,30 @@ end
 return told('ok', conversation and turn or '')
 """
 
-# KEYS: run, events, journal. ARGV: owner, epoch, events stored before, journal entries stored before,
-# journal entry or '', events.... Answers the stop flag, or 'lost' to a worker that no longer owns the run.
+# KEYS: run, events, journal of each run. ARGV: owner, then of each run: epoch, events stored before, journal entries
+# stored before, journal entry or '', number of events, events.... Answers each run's stop flag, or 'lost' to a worker
+# that no longer owns it.
 APPEND: Final = """
-local run = redis.call('HMGET', KEYS[1], 'owner', 'epoch', 'state', 'stop')
-if run[1] ~= ARGV[1] or run[2] ~= ARGV[2] or run[3] ~= 'running' then return 'lost' end
-local stored = redis.call('LLEN', KEYS[2])
-if stored < tonumber(ARGV[3]) then return 'lost' end
-if #ARGV > 5 and stored == tonumber(ARGV[3]) then redis.call('RPUSH', KEYS[2], unpack(ARGV, 6)) end
-if ARGV[5] ~= '' and redis.call('LLEN', KEYS[3]) == tonumber(ARGV[4]) then redis.call('RPUSH', KEYS[3], ARGV[5]) end
-return run[4]
+local function append(key, events, journal, at, count)
+  local run = redis.call('HMGET', key, 'owner', 'epoch', 'state', 'stop')
+  if run[1] ~= ARGV[1] or run[2] ~= ARGV[at] or run[3] ~= 'running' then return 'lost' end
+  local stored = redis.call('LLEN', events)
+  if stored < tonumber(ARGV[at + 1]) then return 'lost' end
+  if count > 0 and stored == tonumber(ARGV[at + 1]) then
+    redis.call('RPUSH', events, unpack(ARGV, at + 5, at + 4 + count))
+  end
+  if ARGV[at + 3] ~= '' and redis.call('LLEN', journal) == tonumber(ARGV[at + 2]) then
+    redis.call('RPUSH', journal, ARGV[at + 3])
+  end
+  return run[4]
+end
+local answers, at = {}, 2
+for i = 1, #KEYS, 3 do
+  local count = tonumber(ARGV[at + 4])
+  answers[#answers + 1] = append(KEYS[i], KEYS[i + 1], KEYS[i + 2], at, count)
+  at = at + 5 + count
+end
+return answers
 """
 
 # KEYS: run, events, journal, leases, idempotency; for a turn also conversation, variants, lock, index.
@@ -138,7 +152,7 @@ end
 return 'ok'
 """
 
-# KEYS: run, leases. ARGV: run id, owner, epoch, lease ms (0 gives the run away). Answers as APPEND does.
+# KEYS: run, leases. ARGV: run id, owner, epoch, lease ms (0 gives the run away). Answers the stop flag or 'lost'.
 RENEW: Final = f"""{_ALLOWED}{_NOW_MS}
 local run = redis.call('HMGET', KEYS[1], 'owner', 'epoch', 'state', 'stop')
 if run[1] ~= ARGV[2] or run[2] ~= ARGV[3] or run[3] ~= 'running' then return 'lost' end
@@ -164,6 +178,21 @@ for _, id in ipairs(due) do
   end
 end
 return taken
+"""
+
+# KEYS: searcher. ARGV: worker, ms. Answers 1 where this worker is to look for lost runs for so long.
+SEARCH: Final = """#!lua flags=allow-oom
+local holder = redis.call('GET', KEYS[1])
+if holder and holder ~= ARGV[1] then return 0 end
+redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])
+return 1
+"""
+
+# KEYS: leases. ARGV: tenant, channel. Answers 1 where leases of the tenant are over, and tells all workers.
+LOST: Final = f"""{_ALLOWED}{_NOW_MS}
+if redis.call('ZCOUNT', KEYS[1], '-inf', now_ms()) == 0 then return 0 end
+redis.call('PUBLISH', ARGV[2], ARGV[1])
+return 1
 """
 
 # KEYS: run. ARGV: run id, prefix of the workers' channels. Answers the run's state before, or 'unknown'.

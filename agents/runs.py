@@ -15,12 +15,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from agents.conversations import Conversations, history
-from agents.execution import Before, Execution, Executor
+from agents.execution import Before, Execution
+from agents.executor import Executor
 from agents.journal import decode_entries
 from agents.readers import Readers
 from agents.run_log import LogWriter, RunLog
 from agents.run_store import (
     CHANNEL,
+    LOST_CHANNEL,
     Idempotency,
     RunRecord,
     RunRequest,
@@ -31,14 +33,15 @@ from agents.run_store import (
 )
 from agents.store import Store
 from agents.tails import Tail
-from onebox.errors import Internal, OneboxError, StoreUnavailable, Unavailable
+from onebox.errors import Internal, OneboxError, Overloaded, StoreUnavailable, Unavailable
 from onebox.events import Accepted, Event, Terminal, is_terminal
 from onebox.messages import Message
 from onebox.settings import Settings
 
 __all__ = ["Idempotency", "RunRecord", "RunRequest", "Runs", "Started", "TurnRequest", "new_run_id"]
 
-REAP_S: Final = 0.8
+SEARCH_S: Final = 0.8
+SEARCH_FOR_S: Final = 1.0  # a searcher that is late gives way to another
 LISTEN_AGAIN_S: Final = 0.2
 STOP_WAIT_S: Final = 1.0
 STOP_FORCED_S: Final = 5.0
@@ -82,7 +85,7 @@ class Runs:
         self._loops: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> "Runs":
-        for work in (self._writer.run, self._renew, self._reap, self._listen):
+        for work in (self._writer.run, self._renew, self._search, self._rescue, self._listen):
             self._loops.append(asyncio.create_task(work(), name=work.__name__))
         return self
 
@@ -109,10 +112,18 @@ class Runs:
         """Store a run and begin to execute it, or join the one that the key has.
 
         Raises:
+            Overloaded: there is no room for it, nor a run to join.
             OneboxError: as `RunStore.begin`; then there is no run.
         """
         if idempotency is not None:
             request = replace(request, idempotency_key=idempotency.key)
+            try:
+                self._executor.admission.check(request.tenant)
+            except Overloaded:
+                if not await self._store.is_known(request.tenant, idempotency):
+                    raise
+        if (traceparent := self._executor.tracer.traceparent()) is not None:
+            request = replace(request, traceparent=traceparent)
         messages, turn_id, created = request.messages, None, time.time()
         conversation_id = request.conversation_id if turn is not None else None
         if self._settings.log_enabled or turn is not None:
@@ -295,19 +306,38 @@ class Runs:
                 elif reply == b"lost" and not execution.log.ending:
                     execution.abandon()
 
-    async def _reap(self) -> None:
+    async def _search(self) -> None:
+        """Look for runs whose owner is gone, if no other worker does so now."""
         while self._settings.log_enabled:
             try:
-                for tenant in await self._store.tenants():
-                    while taken := await self._store.take(tenant):
-                        for run_id, epoch in taken:
-                            with suppress(StoreUnavailable):  # its lease ends again
-                                await self._take_over(tenant, run_id, epoch)
+                for tenant in await self._store.search(SEARCH_FOR_S):
+                    await self._take_lost(tenant)
             except StoreUnavailable:
                 pass
             except Exception:
-                logger.exception("Runs of other workers could not be taken over")
-            await asyncio.sleep(REAP_S)
+                logger.exception("Lost runs could not be looked for")
+            await asyncio.sleep(SEARCH_S)
+
+    async def _rescue(self) -> None:
+        """Take a part of the runs that another worker has found to be lost."""
+        while self._settings.log_enabled:
+            with suppress(StoreUnavailable):
+                async with aclosing(self._events_of(LOST_CHANNEL)) as tenants:
+                    async for tenant in tenants:
+                        await self._take_lost(tenant.decode())
+            await asyncio.sleep(LISTEN_AGAIN_S)
+
+    async def _take_lost(self, tenant: str) -> None:
+        """Go on with runs of a tenant as long as there are some that nobody has."""
+        try:
+            while taken := await self._store.take(tenant):
+                for run_id, epoch in taken:
+                    with suppress(StoreUnavailable):  # its lease ends again
+                        await self._take_over(tenant, run_id, epoch)
+        except StoreUnavailable:
+            pass
+        except Exception:
+            logger.exception("Runs of other workers could not be taken over")
 
     async def _take_over(self, tenant: str, run_id: str, epoch: int) -> None:
         """Go on with a run whose owner is gone."""

@@ -3,6 +3,7 @@
 from typing import Final
 
 TENANTS: Final = "onebox:tenants"
+SEARCHER: Final = "onebox:searcher"  # the worker that looks for lost runs just now
 
 
 class ConversationKeys:

@@ -7,7 +7,6 @@ memory. Who fills a tail is `agents.run_log` on the owner, and `agents.runs` els
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
 
 from onebox.errors import OneboxError
 from onebox.events import Event, TextDelta
@@ -25,7 +24,7 @@ class Tail:
         self._limit = limit_bytes
         self._rows: deque[tuple[int, Event, int]] = deque()
         self._bytes = 0
-        self._news = asyncio.Event()
+        self._waiting: list[asyncio.Future[None]] = []
         self.next = start
         self.closed = False
         self.error: OneboxError | None = None
@@ -74,21 +73,29 @@ class Tail:
         self.error = error
         self._wake()
 
-    async def wait(self, timeout_s: float) -> None:
-        """Return at the next change, or after `timeout_s`."""
-        news = self._news
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout_s):
-                await news.wait()
+    def miss_store(self, since: float) -> None:
+        """The store has been away since then, on the loop's clock; readers look whether that is too long."""
+        self.away_since = since
+        self._wake()
+
+    async def wait(self) -> None:
+        """Return at the next change."""
+        news: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append(news)
+        await news
 
     def _wake(self) -> None:
-        self._news.set()
-        self._news = asyncio.Event()
+        waiting, self._waiting = self._waiting, []
+        for news in waiting:
+            if not news.done():
+                news.set_result(None)
 
 
 def weigh(event: Event) -> int:
     """About how many bytes of memory an event takes."""
     if type(event) is TextDelta:
+        if not event.tokens:
+            return ROW_BYTES + 2 * len(event.text)
         tokens = sum(TOKEN_BYTES + RIVAL_BYTES * len(token.top) for token in event.tokens)
         return ROW_BYTES + 2 * len(event.text) + tokens
     return 2 * ROW_BYTES

@@ -1,9 +1,10 @@
-"""`python -m deploy up | down | status | doctor | settings`."""
+"""`python -m deploy up | down | status | top | doctor | settings`."""
 
 import asyncio
 import signal
 import sys
 from collections.abc import Callable
+from typing import Annotated
 
 import httpx
 import psutil
@@ -11,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from onebox import logs
 from onebox.errors import OneboxError, SetupError
 from onebox.settings import PREFIX, Settings, read_settings
 
@@ -36,6 +38,7 @@ def up() -> None:
         from deploy.launcher import up as launch
         from deploy.screen import Screen
 
+        logs.set_up(settings, "launcher")
         with Screen(console) as screen:
             asyncio.run(launch(settings, screen))
 
@@ -87,6 +90,27 @@ def status() -> None:
                 f"Not ready: {ready.text}. Wait for the model, or look at the logs under ONEBOX_HOME/logs."
             )
         console.print(f"Ready. Page: {running.ui_url}  API: {running.api_url}", highlight=False)
+
+    _guard(run)
+
+
+@app.command()
+def top(
+    url: Annotated[str | None, typer.Option(help="The API's address; without it, the one that runs here.")] = None,
+    key: Annotated[str | None, typer.Option(help="An API key, where a proxy asks for one.")] = None,
+    interval_s: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+    once: Annotated[bool, typer.Option(help="Print one look and end.")] = False,
+) -> None:
+    """Watch the fleet, the queue and the replies."""
+
+    def run(settings: Settings) -> None:
+        from deploy import instance
+        from deploy.scrape import Source
+        from deploy.top import top as watch
+
+        running = instance.read(settings.home_dir)
+        address = url or (running.api_url if running else settings.gateway_url)
+        watch(Source(address, key), console, interval_s, once=once)
 
     _guard(run)
 

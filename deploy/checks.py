@@ -5,6 +5,7 @@ import importlib.metadata
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -12,7 +13,9 @@ import psutil
 
 from onebox import sockets
 from onebox.errors import OneboxError, SetupError
+from onebox.fleet_spec import read_fleet
 from onebox.settings import Settings
+from serving.adapters import read_adapters
 from serving.fetch import memory_gib
 from serving.models import locate
 
@@ -48,21 +51,33 @@ def version_tuple(version: str) -> tuple[int, ...]:
 
 
 def check_memory(settings: Settings) -> None:
-    """Refuse a model that does not fit.
+    """Refuse models that do not fit together.
 
     Raises:
-        SetupError: less memory is available than the model needs.
+        SetupError: less memory is available than they need, or the fleet file does not read.
     """
-    if settings.engine != "vllm":
-        return
-    need = memory_gib(settings) * settings.engine_replicas
+    models = [model.settings for model in read_fleet(settings).here if model.settings.engine == "vllm"]
+    need = sum(memory_gib(model) * model.replica_bounds[1] for model in models)
     have = psutil.virtual_memory().available / GIB
     if need > have:
+        names = ", ".join(repr(model.model) for model in models)
+        replicas = sum(model.replica_bounds[1] for model in models)
         raise SetupError(
-            f"Too little memory for model {settings.model!r}: {settings.engine_replicas} replica(s) need about "
+            f"Too little memory for model {names}: {replicas} replica(s) need about "
             f"{need:.1f} GiB, {have:.1f} GiB are available. "
             "Close other programs, or choose a smaller model, e.g. make up MODEL=smollm2-135m."
         )
+
+
+def check_adapters(settings: Settings) -> None:
+    """Refuse adapters that no engine here could load.
+
+    Raises:
+        SetupError: a folder is not there or holds no LoRA adapter, or the fleet file does not read.
+    """
+    for model in read_fleet(settings).here:
+        if model.settings.engine == "vllm":
+            read_adapters(model.settings.adapters)
 
 
 def check_disk(settings: Settings) -> None:
@@ -107,7 +122,9 @@ def doctor(settings: Settings) -> Iterator[Finding]:
         ("engine port", settings.engine_port, "ONEBOX_ENGINE_PORT"),
     ):
         yield from _guarded(name, functools.partial(_check_port, settings.host, port, variable), str(port))
-    yield _model(settings)
+    yield from _guarded("fleet", lambda: check_adapters(settings), str(settings.fleet_file or "one model"))
+    with suppress(SetupError):  # it is told already
+        yield from (_model(model.settings) for model in read_fleet(settings).here)
 
 
 def _guarded(name: str, check: Callable[[], None], detail: str) -> Iterator[Finding]:

@@ -1,35 +1,38 @@
 """`python -m deploy.fleet`: the engine fleet of one machine, in the foreground.
 
-Starts a private Ray cluster and on it the Serve application of `serving.deployment`; the ingress listens at
-`engine_port` before the engines have loaded and answers 5xx until then. SIGTERM or SIGINT drains and leaves no process
-behind. On a cluster `serve deploy deploy/serve.yaml` does this job; the launcher of everything is `deploy.launcher`.
+Starts a private Ray cluster and on it a Serve application of `serving.deployment` for each model; the ingress listens
+at `engine_port` before the engines have loaded and answers 5xx until then. SIGTERM or SIGINT drains and leaves no
+process behind. With `--address` it is the command for a cluster that runs already, which is `deploy.cluster`'s work;
+the launcher of everything is `deploy.launcher`.
 """
 
+import argparse
 import ctypes
 import logging
 import os
-import random
 import shutil
 import signal
 import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
+from urllib.parse import urlsplit
 
 import psutil
 
+from deploy import checks, cluster, ray_environment
 from deploy.supervisor import FATAL
+from onebox import logs
 from onebox.errors import SetupError
+from onebox.fleet_spec import FleetSpec, read_fleet
 from onebox.settings import Settings, read_settings
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMESPACE = "onebox"
 HOST = "127.0.0.1"
-INGRESS_PORTS_FROM, INGRESS_PORTS_TO = 20_000, 32_000  # below Linux' ephemeral range
 WATCH_INTERVAL_S = 1.0
 KILL_AFTER_S = 3.0
 PR_SET_CHILD_SUBREAPER = 36
@@ -45,13 +48,28 @@ class _Stop(BaseException):
     """Somebody asked the fleet to end."""
 
 
-def main() -> int:
-    """Runs until a signal comes. The exit code: `FATAL` where the fleet could not start."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs until a signal comes, or until what `arguments` ask for is done.
+
+    The exit code is `FATAL` where the fleet could not start.
+    """
+    asked = _parser().parse_args(arguments)
     _catch_signals()
     try:
         settings = read_settings()
-        logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-        run(settings)
+        logs.set_up(settings, "fleet")
+        spec = read_fleet(settings)
+        if asked.environment:
+            for name, value in ray_environment.every_node(settings).items():
+                sys.stdout.write(f"export {name}={value}\n")
+        elif asked.config:
+            sys.stdout.write(cluster.serve_config_text(spec, settings))
+        elif asked.address is not None and asked.remove:
+            cluster.remove(asked.address, settings)
+        elif asked.address is not None:
+            cluster.deploy(asked.address, spec, settings)
+        else:
+            run(settings, spec)
     except _Stop:
         return 0
     except SetupError as error:
@@ -60,7 +78,21 @@ def main() -> int:
     return 0
 
 
-def run(settings: Settings) -> None:
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m deploy.fleet",
+        description="Serve the models of the settings: without options on this machine, until a signal ends it.",
+    )
+    parser.add_argument("--address", metavar="HOST:PORT", help="serve on this Ray cluster instead; 'auto' finds it")
+    parser.add_argument("--remove", action="store_true", help="with --address: take the fleet off the cluster")
+    parser.add_argument("--config", action="store_true", help="print the config for `serve deploy` and KubeRay")
+    parser.add_argument(
+        "--environment", action="store_true", help="print what each node of a cluster needs before `ray start`"
+    )
+    return parser
+
+
+def run(settings: Settings, spec: FleetSpec) -> None:
     """Serves until `_Stop`.
 
     Raises:
@@ -71,47 +103,73 @@ def run(settings: Settings) -> None:
             "The engine fleet has no internal token: its ports would answer anybody. "
             "Set ONEBOX_INTERNAL_TOKEN to a random string, for engines and gateways alike."
         )
+    if not spec.here:
+        raise SetupError("Every model of the fleet file has a url of its own: there is none to serve here.")
     _require_free(settings.engine_port)
+    checks.check_adapters(settings)
     with ExitStack() as stack:
         stack.enter_context(_no_process_left())
         scratch = Path(tempfile.mkdtemp(prefix="ob-", dir="/tmp"))  # short: unix socket paths end at 107 bytes
         stack.callback(shutil.rmtree, scratch, ignore_errors=True)
         # Ray reads these at import, and its processes inherit them.
-        os.environ.update(_ray_environment(settings, scratch))
-        stack.enter_context(_cluster(settings, scratch))
-        _serve(settings, scratch)
+        os.environ.update(
+            ray_environment.every_node(settings)
+            | ray_environment.own_folder(settings, scratch)
+            | ray_environment.own_ports(settings, spec.replicas_most)
+        )
+        stack.enter_context(_cluster(settings, spec, scratch))
+        _serve(settings, spec.with_threads(os.cpu_count() or 1), scratch)
         _watch()
 
 
-def _serve(settings: Settings, scratch: Path) -> None:
-    """Raises the ingress, then the engines; returns when all replicas are up."""
+def _serve(settings: Settings, spec: FleetSpec, scratch: Path) -> None:
+    """Raises the ingress, then the engines of all models side by side; returns when all replicas are up."""
     from ray import serve
     from ray.serve.config import HTTPOptions, ProxyLocation
     from ray.serve.schema import LoggingConfig
 
-    from serving.deployment import APP_NAME, build
+    from serving.deployment import build
 
     log_folder = settings.home_dir / "logs" / "engine"
     log_folder.mkdir(parents=True, exist_ok=True)
-    serve_log = LoggingConfig(log_level=settings.log_level.upper(), logs_dir=str(log_folder), enable_access_log=False)
+    serve_log = LoggingConfig(
+        encoding="JSON" if settings.log_format == "json" else "TEXT",
+        log_level=settings.log_level.upper(),
+        logs_dir=str(log_folder),
+        enable_access_log=False,
+    )
+    host = ingress_host(settings)
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,
-        http_options=HTTPOptions(host=HOST, port=settings.engine_port),
+        http_options=HTTPOptions(host=host, port=settings.engine_port),
         logging_config=serve_log,
     )
-    _log.info("ingress listens at http://%s:%d", HOST, settings.engine_port)
+    logs.adopt("ray.serve")
+    _log.info("ingress listens at http://%s:%d", host, settings.engine_port)
     started = time.monotonic()
     try:
-        serve.run(build(settings), name=APP_NAME, route_prefix="/", logging_config=serve_log)
+        serve.run_many(
+            [
+                serve.RunTarget(build(model.settings), model.application, model.route_prefix, serve_log)
+                for model in spec.here
+            ]
+        )
     except RuntimeError as error:
         for log in scratch.glob("session_latest/logs/worker-*.err"):
             shutil.copy(log, log_folder)  # the engine's own words; `scratch` goes away
         raise SetupError(f"The engine did not start: {_cause(str(error))} Logs are in {log_folder}.") from error
-    _log.info("%d engine replica(s) ready after %.1f s", settings.engine_replicas, time.monotonic() - started)
+    for model in spec.here:
+        _log.info("%d replica(s) of %s", model.settings.engine_replicas, model.application)
+    _log.info("all ready after %.1f s", time.monotonic() - started)
+
+
+def ingress_host(settings: Settings) -> str:
+    """Loopback where gateways are told to come that way, else every address, as in a container."""
+    return HOST if urlsplit(settings.engine_url).hostname in {HOST, "localhost"} else "0.0.0.0"
 
 
 @contextmanager
-def _cluster(settings: Settings, scratch: Path) -> Iterator[None]:
+def _cluster(settings: Settings, spec: FleetSpec, scratch: Path) -> Iterator[None]:
     """A Ray cluster of this process alone, shut down with its Serve instance."""
     import ray
     from ray import serve
@@ -119,7 +177,7 @@ def _cluster(settings: Settings, scratch: Path) -> Iterator[None]:
     try:
         ray.init(
             address="local",
-            num_cpus=max(os.cpu_count() or 1, settings.engine_replicas) + 1,
+            num_cpus=max(os.cpu_count() or 1, spec.replicas_most) + 1,
             object_store_memory=100 * 1024 * 1024,  # bytes; nothing but small control messages goes through it
             include_dashboard=False,
             namespace=NAMESPACE,
@@ -176,49 +234,6 @@ def _watch() -> None:
         time.sleep(WATCH_INTERVAL_S)
 
 
-def _ray_environment(settings: Settings, scratch: Path) -> dict[str, str]:
-    """What makes Ray quiet, private to this instance and able to import the repository."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    environment = {
-        "PYTHONPATH": path,
-        "PYTHONWARNINGS": "ignore",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_DISABLE_IMPORT_WARNING": "1",
-        "RAY_SCHEDULER_EVENTS": "0",
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_enable_metrics_collection": "0",
-        "RAY_SERVE_LOG_TO_STDERR": "0",
-        # Ray gives its workers the lowest but four priority; the engine is what everybody waits for.
-        "RAY_worker_niceness": "0",
-        # On a busy machine the proxy takes longer than the default 5 s, is killed for it and never comes up.
-        "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
-    }
-    if settings.engine_ingress == "haproxy":
-        ports = _free_ports(5)
-        replicas_from, replicas_to = _free_range(64 + 2 * settings.engine_replicas)
-        environment |= {
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
-            "RAY_SERVE_HAPROXY_NBTHREAD": "1",
-            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(scratch / "haproxy.cfg"),
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(scratch / "haproxy.sock"),
-            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(scratch / "metrics.sock"),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(scratch),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(scratch / "server-state"),
-            "RAY_SERVE_HAPROXY_STATS_PORT": str(ports[0]),
-            "RAY_SERVE_HAPROXY_METRICS_PORT": str(ports[1]),
-            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(ports[2]),
-            "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(ports[3]),
-            "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(replicas_from),
-            "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str((replicas_from + replicas_to) // 2),
-            "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str((replicas_from + replicas_to) // 2 + 1),
-            "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(replicas_to),
-            # HAProxy learns of a leaving replica from the controller at once, by its own check after 5 s at most.
-            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
-        }
-    return environment
-
-
 def _require_free(port: int) -> None:
     """Serve binds with SO_REUSEPORT and would silently share a taken port."""
     with socket.socket() as probe:
@@ -229,30 +244,6 @@ def _require_free(port: int) -> None:
             raise SetupError(
                 f"Port {port} is taken by another program. Stop it, or set ONEBOX_ENGINE_PORT to a free port."
             ) from None
-
-
-def _free_ports(count: int) -> list[int]:
-    with ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind((HOST, 0))
-        return [int(probe.getsockname()[1]) for probe in probes]
-
-
-def _free_range(size: int) -> tuple[int, int]:
-    """The ends of a run of ports that are all free now, at a random place: instances side by side do not meet."""
-    for _ in range(50):
-        first = random.randrange(INGRESS_PORTS_FROM, INGRESS_PORTS_TO - size)
-        with ExitStack() as stack:
-            try:
-                for port in range(first, first + size):
-                    stack.enter_context(socket.socket()).bind(("", port))
-            except OSError:
-                continue
-        return first, first + size - 1
-    raise SetupError(
-        f"No {size} free ports in a row between {INGRESS_PORTS_FROM} and {INGRESS_PORTS_TO}. Stop some servers."
-    )
 
 
 def _cause(message: str) -> str:

@@ -7,6 +7,7 @@ need be, then the engine fleet. On a cluster the manifests do this work.
 import asyncio
 import os
 import secrets
+import shutil
 import signal
 import socket
 import sys
@@ -18,12 +19,14 @@ import httpx
 import psutil
 
 from agents.keys import ensure_admin_key
+from agents.shared_metrics import metrics_folder
 from agents.store import Store
 from deploy import checks, instance, store
 from deploy.screen import Screen
 from deploy.supervisor import Program, Supervisor
 from onebox import sockets
 from onebox.errors import SetupError, StoreUnavailable
+from onebox.fleet_spec import read_fleet
 from onebox.settings import Settings
 from serving.fetch import ensure
 
@@ -40,6 +43,7 @@ async def up(settings: Settings, screen: Screen) -> None:
     """
     sockets.check_bind(settings)
     checks.check_disk(settings)
+    checks.check_adapters(settings)
     checks.check_memory(settings)
     with instance.only_one(settings.home_dir):
         api = sockets.listen(settings.host, settings.api_port, "ONEBOX_API_PORT")
@@ -108,21 +112,26 @@ class Launch:
 
     async def _start_and_wait(self) -> None:
         settings, screen = self.settings, self.screen
+        shutil.rmtree(metrics_folder(settings.home_dir), ignore_errors=True)  # an earlier instance's counts
         if self._embedded is not None:
             self._start("store", self._embedded.argv)
         new_key = await self._admin_key()
         for number in range(settings.gateway_workers):
-            self._start(f"gateway-{number}", self._module("agents", self._api), self._api)
+            self._start(f"gateway-{number}", (*self._module("agents", self._api), "--place", str(number)), self._api)
         self._start("page", self._module("ui", self._page), self._page)
         screen.step(
             f"Store and API are up at {settings.gateway_url}; the page is at {self._page_url} while the model loads."
         )
         if new_key is not None:
             screen.say(f"\n  Your API key, shown only this once: [bold]{new_key}[/bold]\n")
-        if settings.engine == "vllm":
-            await asyncio.to_thread(ensure, settings, screen.report)
-        screen.step(f"Loading the engine ({settings.model if settings.engine == 'vllm' else settings.engine}) …")
-        self._start("engine", self._module("deploy.fleet"), stop_timeout_s=settings.drain_timeout_s)
+        models = [model.settings for model in read_fleet(settings).here]
+        for model in models:
+            if model.engine == "vllm":
+                await asyncio.to_thread(ensure, model, screen.report)
+        names = ", ".join(model.model if model.engine == "vllm" else model.engine for model in models)
+        screen.step(f"Loading the engine ({names}) …")
+        if models:
+            self._start("engine", self._module("deploy.fleet"), stop_timeout_s=settings.drain_timeout_s)
         await self._ready()
         screen.step(f"[bold green]Ready.[/bold green] Open [bold]{self._page_url}[/bold]  (Ctrl-C stops everything)")
         await asyncio.Event().wait()

@@ -14,6 +14,7 @@
     │   └── UnknownRun             404 response_not_found
     ├── Conflict                   409 conflict
     ├── Overloaded                 429 overloaded           (retryable)
+    │   └── RateLimited            429 rate_limited         (retryable)
     ├── Unavailable                503 unavailable          (retryable)
     │   ├── ModelLoading           503 model_loading        (retryable)
     │   └── StoreUnavailable       503 store_unavailable    (retryable)
@@ -128,6 +129,12 @@ class Overloaded(OneboxError):
     code = "overloaded"
     status = 429
     retryable = True
+
+
+class RateLimited(Overloaded):
+    """This tenant has as much going on as one tenant may; others are served."""
+
+    code = "rate_limited"
 
 
 class Unavailable(OneboxError):

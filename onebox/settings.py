@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from onebox.errors import SetupError
@@ -27,6 +27,10 @@ class Settings(BaseSettings):
     host: str = Field("127.0.0.1", description="Address the API and the page listen on.")
     insecure_bind: bool = Field(False, description="Allow a non-loopback `host` without TLS in front.")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe level logged.")
+    log_format: Literal["text", "json"] = Field("text", description="Log lines for people, or one JSON object each.")
+    otel_endpoint: str | None = Field(
+        None, description="Where traces go, over OTLP/HTTP, e.g. `http://collector:4318/v1/traces`; unset: nowhere."
+    )
 
     admin_key: SecretStr | None = Field(
         None, description="Admin API key; unset: one is made at the first start and printed once."
@@ -49,31 +53,82 @@ class Settings(BaseSettings):
     )
     engine_url: str = Field("http://127.0.0.1:8100", description="Where the gateway finds the engine fleet.")
     engine_port: int = Field(8100, ge=0, le=65535, description="Port of the Ray Serve ingress.")
-    engine_replicas: int = Field(1, ge=1, le=10_000, description="Engine replicas.")
+    engine_replicas: int = Field(1, ge=1, le=10_000, description="Engine replicas at the start.")
+    engine_replicas_min: int | None = Field(
+        None, ge=0, le=10_000, description="Fewest replicas; 0: none while idle. Unset: as many as at the start."
+    )
+    engine_replicas_max: int | None = Field(
+        None, ge=1, le=10_000, description="Most replicas. Unset: as many as at the start."
+    )
+    engine_scale_up_s: float = Field(2.0, ge=0, description="Time too few replicas are endured before more start.")
+    engine_scale_down_s: float = Field(30.0, ge=0, description="Time too many replicas are kept before some leave.")
+    engine_idle_s: float = Field(
+        300.0, ge=0, description="Idle time after which the last replica leaves, where `engine_replicas_min` is 0."
+    )
+    engine_replicas_per_node: int | None = Field(
+        None, ge=1, description="Most replicas of a model on one machine of a cluster; unset: as many as fit."
+    )
     engine_ingress: Literal["haproxy", "proxy"] = Field("haproxy", description="Ray Serve ingress mode.")
+    engine_doors: bool = Field(
+        True, description="Send requests straight to the replica that suits; off: the ingress chooses for all of them."
+    )
     engine_max_ongoing: int = Field(64, ge=1, description="Requests one replica works on at a time.")
     engine_max_queued: int = Field(256, ge=0, description="Requests that may wait at one replica; beyond: 429.")
+    engine_door_ports: str | None = Field(
+        None,
+        pattern=r"^\d{1,5}-\d{1,5}$",
+        description="Ports of the replicas' own doors, first-last, so that a firewall can name them; unset: any free.",
+    )
     engine_coalesce_ms: float = Field(
         15.0, ge=0, description="Frames of one reply are merged for this long, but for the first."
     )
+    engine_frames_per_s: float = Field(
+        2500.0,
+        gt=0,
+        description="Frames that a replica sends for all its replies: the more there are, the longer each one's frames "
+        "are merged, 100 ms at most. A frame costs its gateway about 80 µs of CPU, whatever is in it.",
+    )
 
+    fleet_file: Path | None = Field(
+        None, description="TOML file of several models, adapters and the tasks they serve; unset: one model."
+    )
     model: str = Field("auto", description="Alias of the catalogue, a local path or a hub id; `auto` picks by machine.")
     model_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="Weights' type; auto is bfloat16."
     )
+    model_quantization: Literal["none", "int8"] = Field(
+        "none", description="Round the weights: faster on CPU, replies a little different; see docs/decoding.md."
+    )
     model_context: int | None = Field(
         None, ge=256, description="Tokens of context; unset: the model's own, at most 8192 on CPU."
     )
-    tensor_parallel: int = Field(1, ge=1, description="GPUs per replica.")
+    tensor_parallel: int = Field(1, ge=1, description="GPUs that share each layer of the model.")
+    pipeline_parallel: int = Field(
+        1, ge=1, description="Groups of such GPUs that the layers are divided among; also over several machines."
+    )
     gpu_memory_fraction: float = Field(0.9, gt=0, le=1, description="Share of a GPU's memory the engine takes.")
     cpu_kv_cache_gib: float = Field(1.0, gt=0, description="KV cache on CPU, GiB.")
     cpu_threads: int | None = Field(
         None, ge=1, description="Threads per CPU replica; unset: cores shared among replicas."
     )
+    adapters: dict[str, str] = Field(
+        {}, description="LoRA adapters that can be asked for as models: name to folder (JSON object)."
+    )
     prefix_caching: bool = Field(True, description="Keep the KV blocks of common prefixes.")
+    speculation: Literal["auto", "on", "off"] = Field(
+        "auto", description="Draft tokens from the text itself and check several in one step; `auto`: on CPU."
+    )
+    speculation_tokens: int = Field(16, ge=1, le=64, description="Most tokens drafted for one request in one step.")
+    ray_metrics: bool = Field(False, description="Send vLLM's metrics to Ray's own metrics port too.")
 
     scripted_ttft_ms: float = Field(20.0, ge=0, description="Scripted engine: time to the first token.")
     scripted_itl_ms: float = Field(5.0, ge=0, description="Scripted engine: time between tokens.")
+    scripted_prefill_us: float = Field(
+        0.0, ge=0, description="Scripted engine: time for each prompt token that its prefix cache has not, µs."
+    )
+    scripted_cache_tokens: int = Field(
+        0, ge=0, description="Scripted engine: tokens that its simulated prefix cache holds; 0: it has none."
+    )
 
     body_max_bytes: int = Field(1024 * 1024, ge=1024, description="Largest JSON body.")
     messages_max: int = Field(512, ge=1, description="Most messages in a request.")
@@ -82,6 +137,16 @@ class Settings(BaseSettings):
     connect_timeout_s: float = Field(2.0, gt=0, description="Time to connect to an engine.")
     first_token_timeout_s: float = Field(60.0, gt=0, description="Time to an engine's first frame.")
     stall_timeout_s: float = Field(30.0, gt=0, description="Longest silence of an engine in a reply.")
+    queue_per_place: float = Field(
+        4.0, ge=0, description="Runs that may wait in the gateway for each place of the engines; beyond: 429."
+    )
+    tenant_max_running: int = Field(0, ge=0, description="Places one tenant may have at a time; 0: any number.")
+    tenant_max_queued: int = Field(
+        0, ge=0, description="Runs of one tenant that may wait; beyond: 429; 0: as many as fit into the queue."
+    )
+    share_interval_s: float = Field(
+        0.5, gt=0, description="Time after which gateway workers tell each other how much of the engines they use."
+    )
     run_timeout_s: float = Field(600.0, gt=0, description="Longest run.")
     engine_continuations: int = Field(
         3, ge=0, description="Times one engine call may go on at another replica after its own was lost."
@@ -95,7 +160,7 @@ class Settings(BaseSettings):
     engine_probe_timeout_s: float = Field(1.0, gt=0, description="Time for that answer; none: go on elsewhere.")
     lease_s: float = Field(10.0, gt=0, description="A run whose worker is silent for this long goes to another.")
     lease_renew_s: float = Field(3.0, gt=0, description="Time between two renewals of a lease.")
-    log_interval_ms: float = Field(25.0, ge=0, le=30, description="Events of a run are stored together for this long.")
+    log_interval_ms: float = Field(30.0, ge=0, le=30, description="Events of a run are stored together for this long.")
     log_keep_s: int = Field(
         86_400, ge=60, description="Run logs and idempotency keys are kept this long after the end."
     )
@@ -112,10 +177,36 @@ class Settings(BaseSettings):
     router_threshold: float = Field(0.6, ge=0, le=1, description="Below this confidence the router asks the engine.")
     router_engine: bool = Field(True, description="Let the router ask the engine when it is unsure.")
 
+    @field_validator("engine_door_ports")
+    @classmethod
+    def _are_ports(cls, value: str | None) -> str | None:
+        if value is not None:
+            first, last = map(int, value.split("-"))
+            if not 1 <= first <= last <= 65_535:
+                raise ValueError("write first-last, both from 1 to 65535")
+        return value
+
     @property
     def home_dir(self) -> Path:
         """`home` with `~` resolved."""
         return self.home.expanduser()
+
+    @property
+    def door_ports(self) -> range:
+        """The ports a replica's door may take; 0 alone stands for any free one."""
+        if self.engine_door_ports is None:
+            return range(1)
+        first, last = map(int, self.engine_door_ports.split("-"))
+        return range(first, last + 1)
+
+    @property
+    def replica_bounds(self) -> tuple[int, int]:
+        """The fewest and the most engine replicas there may be."""
+        least, most = self.engine_replicas_min, self.engine_replicas_max
+        return (
+            self.engine_replicas if least is None else min(least, self.engine_replicas),
+            self.engine_replicas if most is None else max(most, self.engine_replicas),
+        )
 
     @property
     def gateway_url(self) -> str:

@@ -5,6 +5,8 @@ is also the way in while the ingress is away. What it serves is `serving.server`
 """
 
 import asyncio
+import errno
+import random
 import socket
 from collections.abc import Generator
 from contextlib import contextmanager
@@ -12,22 +14,29 @@ from contextlib import contextmanager
 import uvicorn
 from starlette.types import ASGIApp
 
+from onebox.errors import SetupError
+
 CLOSE_TIMEOUT_S = 1
 
 
 class Door:
-    """A free port at `host`, taken at once; served from `open` to `close` in the running event loop."""
+    """A free port at `host`, taken at once; served from `open` to `close` in the running event loop.
 
-    def __init__(self, host: str) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._socket = socket.create_server((host, 0), family=family)
+    Raises:
+        SetupError: all `ports` are taken.
+    """
+
+    def __init__(self, host: str, ports: range) -> None:
+        self._socket = _listen(host, ports)
         self.url = f"http://{f'[{host}]' if ':' in host else host}:{self._socket.getsockname()[1]}"
         self._server: _Server | None = None
         self._serving: asyncio.Task[None] | None = None
 
     def open(self, app: ASGIApp) -> None:
         """Begin to answer."""
-        config = uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=CLOSE_TIMEOUT_S)
+        config = uvicorn.Config(
+            app, interface="asgi3", lifespan="off", log_config=None, timeout_graceful_shutdown=CLOSE_TIMEOUT_S
+        )
         self._server = _Server(config)
         self._serving = asyncio.create_task(self._server.serve([self._socket]), name="door")
 
@@ -37,6 +46,20 @@ class Door:
             self._server.should_exit = True
             await self._serving
         self._socket.close()
+
+
+def _listen(host: str, ports: range) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for port in random.sample(ports, len(ports)):
+        try:
+            return socket.create_server((host, port), family=family)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+    raise SetupError(
+        f"No port from {ports[0]} to {ports[-1]} on {host} is free for a replica's door. "
+        "Widen ONEBOX_ENGINE_DOOR_PORTS, or run fewer replicas on this machine."
+    )
 
 
 class _Server(uvicorn.Server):

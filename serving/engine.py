@@ -52,6 +52,10 @@ class Engine(Protocol):
         """
         ...
 
+    def kv_use(self) -> float:
+        """The share of the KV cache that requests in work hold, from 0 to 1; 0 where there is none."""
+        ...
+
     def metrics(self) -> bytes:
         """The engine's own metrics in Prometheus text format, empty when it has none."""
         ...

@@ -36,7 +36,7 @@ def resolve(settings: Settings, report: Report = quiet) -> ResolvedModel:
     Raises:
         SetupError: it is unknown, cannot be fetched, or has less context than `settings.model_context` asks for.
     """
-    gpu_gib = gpu_free_gib(settings.tensor_parallel)
+    gpu_gib = gpu_free_gib(settings.tensor_parallel * settings.pipeline_parallel)
     model, folder = _first_to_be_had(candidates(settings.model, gpu_gib), settings.home_dir, report)
     return _resolved(settings, model, folder, on_gpu=gpu_gib is not None)
 
@@ -47,7 +47,7 @@ def locate(settings: Settings) -> ResolvedModel | None:
     Raises:
         SetupError: it is unknown, or has less context than `settings.model_context` asks for.
     """
-    gpu_gib = gpu_free_gib(settings.tensor_parallel)
+    gpu_gib = gpu_free_gib(settings.tensor_parallel * settings.pipeline_parallel)
     model = candidates(settings.model, gpu_gib)[0]
     folder = folder_of(model, settings.home_dir)
     return _resolved(settings, model, folder, on_gpu=gpu_gib is not None) if is_present(folder) else None
@@ -64,7 +64,7 @@ def candidates(name: str, gpu_gib: float | None) -> list[Model]:
 
 def memory_gib(settings: Settings) -> float:
     """The RAM one replica of the model takes: measured, or the weights plus the process, and the KV cache on CPU."""
-    gpu_gib = gpu_free_gib(settings.tensor_parallel)
+    gpu_gib = gpu_free_gib(settings.tensor_parallel * settings.pipeline_parallel)
     if gpu_gib is not None:
         return GPU_HOST_GIB
     model = candidates(settings.model, gpu_gib)[0]

@@ -6,7 +6,11 @@ has its first output: overload, a prompt too long or a dead engine are plain HTT
 Closing the connection aborts the request; `POST /v1/abort` does so too, and says when the engine has let go of it.
 
 Every answer names the replica in `x-onebox-replica`, the address of its own door: the same routes without the fleet's
-ingress in between. Every route wants `Authorization: Bearer <internal token>`.
+ingress in between. `GET /v1/fleet` lists the doors of all replicas with their load (`serving.roster`); a gateway that
+asks says with `?queued=` how many runs wait there for a place, so that the fleet grows by them. A generation
+may name its affinity key in `x-onebox-affinity`, and requests of one key find their prefix cached where the first of
+them went. With `x-onebox-if-free` it is refused (429) where it would have to wait, for another replica may have a
+place. Every route wants `Authorization: Bearer <internal token>`.
 
 This is not the public API; that is `agents.api`. The gateway's side of the wire is `agents.engine`.
 """
@@ -22,6 +26,8 @@ from onebox.events import FinishReason, Token
 VERSION = 1
 CONTENT_TYPE = "application/x-ndjson"
 REPLICA_HEADER = "x-onebox-replica"
+AFFINITY_HEADER = "x-onebox-affinity"
+FREE_HEADER = "x-onebox-if-free"
 
 
 class WireModel(BaseModel):
@@ -66,7 +72,8 @@ class GenerateRequest(WireModel):
     """One generation. Exactly one of `messages` and `prompt_token_ids` is given.
 
     `resume_token_ids` continues a reply: those tokens were generated before and are not sent again. Where they are the
-    whole reply, its `End` is all that comes.
+    whole reply, its `End` is all that comes. `adapter` names a LoRA adapter of the model card;
+    `traceparent` is the span that the engine's own belong to.
     """
 
     request_id: str = Field(min_length=1, max_length=128)
@@ -78,6 +85,8 @@ class GenerateRequest(WireModel):
     cache_salt: str | None = None
     session: str | None = None
     priority: int = 0
+    adapter: str | None = None
+    traceparent: str | None = None
 
     @model_validator(mode="after")
     def _exactly_one_prompt(self) -> "GenerateRequest":
@@ -128,6 +137,7 @@ class ModelCard(WireModel):
     chat_template: bool
     max_ongoing: int
     max_queued: int
+    adapters: tuple[str, ...] = ()
     tokens_per_s: float | None = None
     version: int = VERSION
 

@@ -6,7 +6,8 @@ token is about one English word or Chinese character. Structured replies are wel
 
 import asyncio
 import re
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import NoReturn
@@ -17,7 +18,9 @@ import orjson
 from onebox.errors import BadRequest, EngineFailed, PromptTooLong, Unavailable
 from onebox.events import Alternative, FinishReason, Token
 from onebox.settings import Settings
+from serving.adapters import unknown_adapter
 from serving.engine import Batch
+from serving.prefix_cache import PrefixCache
 from serving.protocol import (
     End,
     Frame,
@@ -88,6 +91,10 @@ class ScriptedEngine:
         self._slots = asyncio.Semaphore(settings.engine_max_ongoing)
         self._faults = faults or Faults()
         self._dead = asyncio.Event()
+        self._prefill_s = settings.scripted_prefill_us / 1e6
+        self._cache = PrefixCache(settings.scripted_cache_tokens)
+        self._in_work = 0  # tokens of prompts and replies
+        self._adapters = tuple(settings.adapters)
 
     def model_card(self) -> ModelCard:
         """The card of the scripted engine."""
@@ -99,13 +106,17 @@ class ScriptedEngine:
             chat_template=True,
             max_ongoing=self._max_ongoing,
             max_queued=self._max_queued,
+            adapters=self._adapters,
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Batch, None]:
         """The scripted reply at its pace; a late consumer gets several tokens at once, so the pace is kept."""
         await self.check()
+        if request.adapter is not None and request.adapter not in self._adapters:
+            raise unknown_adapter(request.adapter, self._adapters)
         prompt = _prompt_key(request)
-        prompt_tokens = self._count_prompt(request)
+        pieces = _prompt_pieces(request)
+        prompt_tokens = len(pieces)
         resumed = len(request.resume_token_ids)
         room = self._context_length - prompt_tokens - resumed
         if room < 1 and self._context_length > prompt_tokens:
@@ -117,9 +128,9 @@ class ScriptedEngine:
                 "no room is left for a reply. Shorten the conversation or the text."
             )
         script = _write_script(request, prompt, limit=resumed + min(request.sampling.max_tokens, room))
-        async with self._slots:
+        async with self._slots, self._working(request, pieces, script.length) as prefill_s:
             clock = asyncio.get_running_loop().time
-            start_s = clock() + self._ttft_s
+            start_s = clock() + self._ttft_s + prefill_s
             index = resumed
             while index < script.length:
                 await self._wait_until(start_s + (index - resumed) * self._itl_s, clock)
@@ -135,6 +146,7 @@ class ScriptedEngine:
                 if index < script.length:
                     yield (frame,)
                 else:
+                    self._keep_reply(request, script)
                     yield frame, End(script.finish, prompt_tokens, index - resumed)
             if resumed >= script.length:
                 yield (End(script.finish, prompt_tokens, 0),)
@@ -155,9 +167,20 @@ class ScriptedEngine:
         if self._dead.is_set():
             raise Unavailable("The engine is dead. It is restarted; try again shortly.", retry_after_s=2)
 
+    def kv_use(self) -> float:
+        """By the tokens in work; 0 without a prefix cache, whose size is that of the KV cache."""
+        return min(1.0, self._in_work / self._cache.tokens) if self._cache.tokens else 0.0
+
     def metrics(self) -> bytes:
-        """None of its own."""
-        return b""
+        """The counters of the prefix cache."""
+        counters = (("queried", self._cache.queried), ("hit", self._cache.hits))
+        lines = (
+            f"# HELP onebox_engine_prefix_{name}_tokens_total Prompt tokens {name} in the prefix cache\n"
+            f"# TYPE onebox_engine_prefix_{name}_tokens_total counter\n"
+            f"onebox_engine_prefix_{name}_tokens_total {count}\n"
+            for name, count in counters
+        )
+        return "".join(lines).encode()
 
     async def close(self) -> None:
         """Ends every running reply."""
@@ -175,10 +198,29 @@ class ScriptedEngine:
             await self._dead.wait()
         raise EngineFailed(f"The engine broke off the reply at token {index}. Try again.")
 
-    def _count_prompt(self, request: GenerateRequest) -> int:
-        if request.prompt_token_ids is not None:
-            return len(request.prompt_token_ids)
-        return len(_PIECE.findall(_render(request.messages or ())))
+    @asynccontextmanager
+    async def _working(self, request: GenerateRequest, pieces: list[str], length: int) -> AsyncIterator[float]:
+        """Has the request's tokens in the KV cache; the time that those take which were not there before."""
+        uncached = len(pieces) - self._cache.look_up(pieces, request.cache_salt)
+        self._cache.keep(pieces, request.cache_salt)
+        tokens = len(pieces) + length
+        self._in_work += tokens
+        try:
+            yield uncached * self._prefill_s
+        finally:
+            self._in_work -= tokens
+
+    def _keep_reply(self, request: GenerateRequest, script: "_Script") -> None:
+        """The tokens of a whole reply stay too: the prompt of the next turn begins with them."""
+        if self._cache.tokens and request.messages is not None:
+            said = _render(request.messages) + script.text(0, script.length)
+            self._cache.keep(_PIECE.findall(said), request.cache_salt)
+
+
+def _prompt_pieces(request: GenerateRequest) -> list[str]:
+    if request.prompt_token_ids is not None:
+        return [str(token) for token in request.prompt_token_ids]
+    return _PIECE.findall(_render(request.messages or ()))
 
 
 def _render(messages: tuple[WireMessage, ...]) -> str:
@@ -190,8 +232,10 @@ def _token_id(piece: str) -> int:
 
 
 def _prompt_key(request: GenerateRequest) -> bytes:
-    """Identifies seed and prompt; language and words of the reply follow from it."""
+    """Identifies seed, adapter and prompt; language and words of the reply follow from it."""
     prompt = orjson.dumps(request.prompt_token_ids) if request.messages is None else _render(request.messages).encode()
+    if request.adapter is not None:
+        prompt = request.adapter.encode() + b"\n" + prompt
     return blake2b(prompt, digest_size=16, salt=str(request.sampling.seed or 0).encode()[:16]).digest()
 
 

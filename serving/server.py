@@ -7,20 +7,20 @@ It authenticates, admits, streams and aborts; it knows neither Ray (`serving.dep
 import asyncio
 import hmac
 import math
+import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
 from logging import getLogger
 from typing import TypeVar
 from uuid import uuid4
 
 import orjson
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ValidationError
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
+from onebox import logs
 from onebox.errors import (
     BadRequest,
     BodyTooLarge,
@@ -28,14 +28,16 @@ from onebox.errors import (
     Internal,
     NotFound,
     OneboxError,
-    Overloaded,
     Unauthorized,
     Unavailable,
 )
 from onebox.settings import Settings
 from serving.engine import Batch, Engine
+from serving.meters import Meters
 from serving.protocol import (
+    AFFINITY_HEADER,
     CONTENT_TYPE,
+    FREE_HEADER,
     REPLICA_HEADER,
     AbortReply,
     AbortRequest,
@@ -46,47 +48,62 @@ from serving.protocol import (
     WireSampling,
     encode_line,
 )
+from serving.roster import Load, Record
+from serving.work import RETRY_AFTER_S, Reply, Work
 
 CANARY_TIMEOUT_S = 2.0
 CANARY_FRESH_S = 1.0
 BUSY_FRESH_S = 10.0
 MEASURED_TOKENS = 8
-RETRY_AFTER_S = 1.0
 ABORT_TIMEOUT_S = 2.0
+CHARS_PER_TOKEN = 4  # of a request's body, for an estimate
 
+_AFFINITY = AFFINITY_HEADER.encode()
+_FREE = FREE_HEADER.encode()
+_QUEUED = re.compile(rb"queued=(\d{1,7})")
 _log = getLogger(__name__)
 _Model = TypeVar("_Model", bound=BaseModel)
-_Handler = Callable[[Receive, Send], Awaitable[Response | None]]
+_Handler = Callable[[Scope, Receive, Send], Awaitable[Response | None]]
+_Replicas = Callable[[], Awaitable[Sequence[Record]]]
+
+
+async def _alone() -> Sequence[Record]:
+    return ()
 
 
 class ReplicaApp:
     """The ASGI app around a running engine. `door` is the replica's own address, which every answer gives.
 
+    `replicas` lists the fleet; a replica that knows of none lists nobody, and its gateway keeps to the ingress.
+
     Raises:
         ValueError: there is no internal token; a replica never serves strangers.
     """
 
-    def __init__(self, engine: Engine, settings: Settings, door: str | None = None) -> None:
+    def __init__(
+        self, engine: Engine, settings: Settings, door: str | None = None, replicas: _Replicas = _alone
+    ) -> None:
         if settings.internal_token is None:
             raise ValueError("internal_token is not set")
         self._engine = engine
+        self._door = door or ""
+        self._replicas = replicas
         self._headers = [] if door is None else [(REPLICA_HEADER.encode(), door.encode())]
         self._expected = f"Bearer {settings.internal_token.get_secret_value()}".encode()
-        self._coalesce_s = settings.engine_coalesce_ms / 1000
         self._body_max_bytes = settings.body_max_bytes
-        self._capacity = settings.engine_max_ongoing + settings.engine_max_queued
-        self._replies: set[_Reply] = set()
+        self._work = Work(settings)
+        self._leaving = False
         self._tokens_per_s: float | None = None
         self._progressed_at = -math.inf
         self._canary_at = -math.inf
         self._canary = asyncio.Lock()
-        self._meters = _Meters()
-        self._meters.running.set_function(lambda: len(self._replies))
+        self._meters = Meters(self.load)
         self._routes: dict[tuple[str, str], _Handler] = {
             ("POST", "/v1/generate"): self._generate,
             ("POST", "/v1/abort"): self._abort,
             ("POST", "/v1/tokenize"): self._tokenize,
             ("GET", "/v1/model"): self._model,
+            ("GET", "/v1/fleet"): self._fleet,
             ("GET", "/healthz"): self._healthz,
             ("GET", "/readyz"): self._readyz,
             ("GET", "/metrics"): self._metrics,
@@ -102,10 +119,12 @@ class ReplicaApp:
         outbox = _Outbox(send, self._headers)
         try:
             self._authenticate(scope)
-            handler = self._routes.get((scope["method"], scope["path"]))
+            # An ingress that serves several models hands the path on with the model's prefix in front.
+            path = scope["path"].removeprefix(scope.get("root_path", ""))
+            handler = self._routes.get((scope["method"], path))
             if handler is None:
                 raise NotFound(f"There is no {scope['method']} {scope['path']!r} here; see serving/protocol.py.")
-            response = await handler(receive, outbox)
+            response = await handler(scope, receive, outbox)
         except OneboxError as error:
             await self._fail(error, scope, receive, outbox)
         except Exception:
@@ -114,6 +133,43 @@ class ReplicaApp:
         else:
             if response is not None:
                 await response(scope, receive, outbox)
+
+    async def at_door(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The same for requests that come straight here: of them a replica that is leaving takes no new ones.
+
+        Those that come through the ingress it still takes, for that learns of the leave a little later.
+        """
+        if self._leaving and scope["type"] == "http" and scope["path"] == "/v1/generate":
+            error = Unavailable("This replica is leaving the fleet. Ask another one.", retry_after_s=RETRY_AFTER_S)
+            await _error_response(error)(scope, receive, _Outbox(send, self._headers))
+            return
+        await self(scope, receive, send)
+
+    def leave(self) -> None:
+        """Take nothing new at the door from now on."""
+        self._leaving = True
+
+    def stay(self) -> None:
+        """Take new requests at the door again."""
+        self._leaving = False
+
+    async def emptied(self, timeout_s: float) -> bool:
+        """Whether the last reply ended in time."""
+        return await self._work.done(timeout_s)
+
+    @property
+    def begun(self) -> int:
+        """Generations since the start."""
+        return self._work.begun
+
+    @property
+    def queued(self) -> int:
+        """Runs that wait at gateways, which told this replica."""
+        return self._work.queued()
+
+    def load(self) -> Load:
+        """How much this replica has to do."""
+        return self._work.load(self._door, self._engine.kv_use(), draining=self._leaving)
 
     async def measure(self) -> None:
         """Warms the engine up and notes its speed for one stream.
@@ -127,7 +183,7 @@ class ReplicaApp:
         self._tokens_per_s = round(tokens / (time.monotonic() - started), 1)
 
     def _authenticate(self, scope: Scope) -> None:
-        given = next((value for name, value in scope["headers"] if name == b"authorization"), b"")
+        given = _header(scope, b"authorization")
         if not hmac.compare_digest(given, self._expected):
             raise Unauthorized("The internal token is missing or wrong. Engines answer their gateway only.")
 
@@ -139,15 +195,13 @@ class ReplicaApp:
             line = encode_line(Error(error.code, error.message, error.retryable))
             await outbox({"type": "http.response.body", "body": line, "more_body": False})
 
-    async def _generate(self, receive: Receive, send: Send) -> None:
-        if len(self._replies) >= self._capacity:
-            raise Overloaded(
-                f"All {self._capacity} places of this engine are taken. Try again shortly.", retry_after_s=RETRY_AFTER_S
-            )
-        reply = _Reply()
-        self._replies.add(reply)
-        try:
-            request = _parse(GenerateRequest, await self._read(receive))
+    async def _generate(self, scope: Scope, receive: Receive, send: Send) -> None:
+        with self._work.reply(if_free=bool(_header(scope, _FREE))) as reply:
+            body = await self._read(receive)
+            request = _parse(GenerateRequest, body)
+            reply.prompt_tokens = len(body) // CHARS_PER_TOKEN
+            self._work.place(_header(scope, _AFFINITY).decode("latin-1"))
+            logs.bind(request=request.request_id)
             stream = asyncio.create_task(self._stream(request, send, reply))
             gone = asyncio.create_task(_disconnected(receive))
             reply.request_id, reply.stream = request.request_id, stream
@@ -161,16 +215,13 @@ class ReplicaApp:
                 stream.cancel()
                 gone.cancel()
                 await asyncio.gather(stream, gone, return_exceptions=True)
-        finally:
-            self._replies.remove(reply)
-            reply.freed.set()
         if reply.stopped:
             raise Conflict("The reply was stopped at its gateway's wish. Ask again if it is wanted after all.")
 
-    async def _abort(self, receive: Receive, send: Send) -> Response:
+    async def _abort(self, scope: Scope, receive: Receive, send: Send) -> Response:
         started = time.monotonic()
         request_id = _parse(AbortRequest, await self._read(receive)).request_id
-        replies = [reply for reply in self._replies if reply.request_id == request_id]
+        replies = self._work.of(request_id)
         for reply in replies:
             reply.stop()
         freed_ms: float | None = None
@@ -187,24 +238,25 @@ class ReplicaApp:
         answer = AbortReply(found=bool(replies), completion_tokens=tokens, freed_ms=freed_ms)
         return Response(answer.model_dump_json(), media_type="application/json")
 
-    async def _stream(self, request: GenerateRequest, send: Send, reply: "_Reply") -> None:
+    async def _stream(self, request: GenerateRequest, send: Send, reply: Reply) -> None:
         """Sends the reply. The status line waits for the engine's first output."""
         started = time.monotonic()
         async with aclosing(self._engine.generate(request)) as batches:
-            first = True
+            first, asked_at = True, started
             async for batch in batches:
-                self._progressed_at = time.monotonic()
+                now = self._progressed_at = time.monotonic()
                 if first:
-                    self._meters.first_frame.observe(self._progressed_at - started)
+                    self._meters.first_frame.observe(now - started)
                     await send(_head())
-                    first = False
                 ended = isinstance(batch[-1], End)
                 await send({"type": "http.response.body", "body": _encode(batch), "more_body": not ended})
                 reply.tokens += self._count(batch)
                 if ended:
                     return
-                if self._coalesce_s > 0:
-                    await asyncio.sleep(self._coalesce_s)
+                tick_s = self._work.tick_s()
+                if first or now - asked_at < tick_s:  # an engine slower than that needs no pause
+                    await asyncio.sleep(tick_s - time.monotonic() % tick_s if tick_s else 0)
+                first, asked_at = False, time.monotonic()
         raise Internal("The engine ended a reply without saying so.")
 
     def _count(self, batch: Batch) -> int:
@@ -218,30 +270,35 @@ class ReplicaApp:
         self._meters.tokens.inc(tokens)
         return tokens
 
-    async def _tokenize(self, receive: Receive, send: Send) -> Response:
+    async def _tokenize(self, scope: Scope, receive: Receive, send: Send) -> Response:
         request = _parse(TokenizeRequest, await self._read(receive))
         reply = await asyncio.to_thread(self._engine.tokenize, request)
         return Response(orjson.dumps(reply.model_dump()), media_type="application/json")
 
-    async def _model(self, receive: Receive, send: Send) -> Response:
+    async def _model(self, scope: Scope, receive: Receive, send: Send) -> Response:
         card = self._engine.model_card().model_copy(update={"tokens_per_s": self._tokens_per_s})
         return Response(card.model_dump_json(), media_type="application/json")
 
-    async def _healthz(self, receive: Receive, send: Send) -> Response:
+    async def _fleet(self, scope: Scope, receive: Receive, send: Send) -> Response:
+        if told := _QUEUED.fullmatch(scope.get("query_string", b"")):
+            self._work.note_queued(int(told[1]))
+        return Response(orjson.dumps({"replicas": await self._replicas()}), media_type="application/json")
+
+    async def _healthz(self, scope: Scope, receive: Receive, send: Send) -> Response:
         await self._engine.check()
         return Response(b'{"healthy":true}', media_type="application/json")
 
-    async def _readyz(self, receive: Receive, send: Send) -> Response:
+    async def _readyz(self, scope: Scope, receive: Receive, send: Send) -> Response:
         await self._engine.check()
         async with self._canary:
             now = time.monotonic()
-            busy = bool(self._replies) and now - self._progressed_at < BUSY_FRESH_S
+            busy = bool(self._work) and now - self._progressed_at < BUSY_FRESH_S
             if not busy and now - self._canary_at > CANARY_FRESH_S:
                 await self._draw_canary()
         return Response(b'{"ready":true}', media_type="application/json")
 
-    async def _metrics(self, receive: Receive, send: Send) -> Response:
-        body = generate_latest(self._meters.registry) + self._engine.metrics()
+    async def _metrics(self, scope: Scope, receive: Receive, send: Send) -> Response:
+        body = self._meters.text() + self._engine.metrics()
         return Response(body, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     async def _draw_canary(self) -> None:
@@ -259,7 +316,8 @@ class ReplicaApp:
         request = GenerateRequest(
             request_id=f"canary-{uuid4().hex}",
             prompt_token_ids=(1,),
-            sampling=WireSampling(max_tokens=tokens, temperature=0, ignore_eos=True),
+            # Random tokens: greedy ones repeat themselves, and drafts would make the speed look better than it is.
+            sampling=WireSampling(max_tokens=tokens, temperature=1, seed=0, ignore_eos=True),
         )
         drawn = 0
         async with aclosing(self._engine.generate(request)) as batches:
@@ -280,41 +338,6 @@ class ReplicaApp:
                 return bytes(body)
 
 
-@dataclass(slots=True, eq=False)
-class _Reply:
-    """A reply being answered or waiting; `freed` once the engine's generator is closed."""
-
-    request_id: str = ""
-    stream: asyncio.Task[None] | None = None
-    tokens: int = 0
-    stopped: bool = False
-    freed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def stop(self) -> None:
-        """End it."""
-        if self.stream is not None and not self.stream.done():
-            self.stopped = True
-            self.stream.cancel()
-
-
-class _Meters:
-    """The replica's Prometheus metrics in a registry of their own."""
-
-    def __init__(self) -> None:
-        self.registry = CollectorRegistry()
-        self.running = Gauge("onebox_engine_running", "Requests being answered or waiting", registry=self.registry)
-        self.aborted = Counter("onebox_engine_aborted", "Replies whose reader left", registry=self.registry)
-        self.tokens = Counter("onebox_engine_tokens", "Tokens sent", registry=self.registry)
-        self.finished = Counter("onebox_engine_finished", "Whole replies by reason", ["finish"], registry=self.registry)
-        self.failed = Counter("onebox_engine_failed", "Errors answered by code", ["code"], registry=self.registry)
-        self.first_frame = Histogram(
-            "onebox_engine_first_frame_seconds",
-            "Time to the first frame",
-            buckets=(0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60),
-            registry=self.registry,
-        )
-
-
 class _Outbox:
     """A `send` that adds the replica's headers and remembers how far the response has got."""
 
@@ -332,6 +355,11 @@ class _Outbox:
             self.started = True
         elif message["type"] == "http.response.body" and not message.get("more_body", False):
             self.finished = True
+
+
+def _header(scope: Scope, name: bytes) -> bytes:
+    """The value of the request's first header of this name; empty where it has none."""
+    return next((value for key, value in scope["headers"] if key == name), b"")
 
 
 def _head() -> Message:

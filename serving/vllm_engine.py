@@ -1,4 +1,6 @@
-"""vLLM as an engine: `AsyncLLM` in this process, its core in a child process. The only module that imports vllm.
+"""vLLM as an engine: `AsyncLLM` in this process, its core in a child process.
+
+This module and `serving.vllm_core`, which the core loads, are the only ones that import vllm.
 
 The twin for tests and load is `serving.scripted_engine`. vLLM batches, schedules and detokenizes; this module renders
 prompts, continues broken-off replies and maps vLLM's errors to ours. vLLM is imported inside functions: it and its
@@ -6,44 +8,45 @@ libraries read the process environment when they are imported, and `start` sets 
 """
 
 import asyncio
-import os
 import time
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from logging import getLogger
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prometheus_client import REGISTRY, generate_latest
 
 from onebox.errors import BadRequest, EngineFailed, OneboxError, Overloaded, PromptTooLong, Unavailable
-from onebox.events import Alternative, FinishReason, Token
+from onebox.events import FinishReason
 from onebox.settings import Settings
+from serving.adapters import Adapter, read_adapters, unknown_adapter
 from serving.engine import Batch
 from serving.models import ResolvedModel, resolve
 from serving.protocol import (
     End,
-    Frame,
     GenerateRequest,
     ModelCard,
     Structured,
     TokenizeReply,
     TokenizeRequest,
     WireMessage,
+    WireSampling,
 )
+from serving.vllm_arguments import engine_arguments, prepare_environment
+from serving.vllm_outputs import batches_of
 
 if TYPE_CHECKING:
-    from vllm import RequestOutput, SamplingParams
-    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
-    from vllm.logprobs import Logprob
+    from vllm.lora.request import LoRARequest
     from vllm.sampling_params import StructuredOutputsParams
     from vllm.tokenizers import TokenizerLike
     from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.metrics.loggers import StatLoggerFactory
 
 LARGE_PROMPT_CHARS = 20_000
-GIB = 1024**3
 DEAD_RETRY_S = 5.0
+KV_USE = "vllm:kv_cache_usage_perc"
 
 _log = getLogger(__name__)
 
@@ -51,7 +54,9 @@ _log = getLogger(__name__)
 class VllmEngine:
     """Implements `serving.engine.Engine`; made by `start`."""
 
-    def __init__(self, engine: "AsyncLLM", model: ResolvedModel, settings: Settings) -> None:
+    def __init__(
+        self, engine: "AsyncLLM", model: ResolvedModel, settings: Settings, adapters: Mapping[str, Adapter]
+    ) -> None:
         self._engine = engine
         self._tokenizer = engine.get_tokenizer()
         self._alias = model.alias
@@ -67,17 +72,25 @@ class VllmEngine:
         self._end_ids = {self._tokenizer.eos_token_id} | ({ends} if isinstance(ends, int) else set(ends))
         self._max_ongoing = settings.engine_max_ongoing
         self._max_queued = settings.engine_max_queued
+        self._adapters = _Adapters(engine, adapters)
 
     @classmethod
     async def start(cls, settings: Settings) -> "VllmEngine":
         """A loaded engine; takes half a minute on CPU.
 
         Raises:
-            SetupError: the model cannot be had.
+            SetupError: the model or an adapter cannot be had.
         """
+        adapters = read_adapters(settings.adapters)
         model = await asyncio.to_thread(resolve, settings)
-        _prepare_environment(settings, model)
-        return cls(await asyncio.to_thread(_load, settings, model), model, settings)
+        prepare_environment(settings, model)
+        if settings.model_quantization == "int8":
+            from serving.quantise import quantised  # torch, too, reads the environment when it is imported
+
+            model = await asyncio.to_thread(quantised, model, settings.home_dir)
+        engine = cls(await asyncio.to_thread(_load, settings, model, adapters), model, settings, adapters)
+        await engine._warm_grammar()
+        return engine
 
     def model_card(self) -> ModelCard:
         """What is served, as vLLM has loaded it."""
@@ -89,6 +102,7 @@ class VllmEngine:
             chat_template=self._has_template(),
             max_ongoing=self._max_ongoing,
             max_queued=self._max_queued,
+            adapters=self._adapters.names,
         )
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[Batch, None]:
@@ -107,6 +121,7 @@ class VllmEngine:
             )
         try:
             params = self._sampling_params(request, room)
+            adapter = None if request.adapter is None else await self._adapters.loaded(request.adapter)
             continuation = _Continuation(self._tokenizer, prompt, resumed, params) if resumed else None
             if continuation is not None and continuation.stopped:
                 yield (End("stop", len(prompt), 0),)
@@ -115,11 +130,13 @@ class VllmEngine:
                 _tokens_prompt(prompt + resumed, request.cache_salt),
                 params,
                 request.request_id,
+                lora_request=adapter,
                 priority=request.priority,
                 session_id=request.session,
+                trace_headers={"traceparent": request.traceparent} if request.traceparent else None,
             )
             async with aclosing(outputs):
-                async for batch in _batches(outputs, continuation, len(prompt), request.sampling.top_logprobs):
+                async for batch in batches_of(outputs, continuation, len(prompt), request.sampling.top_logprobs):
                     yield batch
                     if isinstance(batch[-1], End):
                         return
@@ -147,6 +164,11 @@ class VllmEngine:
         if self._engine.errored:
             raise Unavailable("The engine is dead. It is restarted; try again shortly.", retry_after_s=DEAD_RETRY_S)
 
+    def kv_use(self) -> float:
+        """As vLLM's scheduler last counted it."""
+        families = REGISTRY.restricted_registry([KV_USE]).collect()
+        return max((sample.value for family in families for sample in family.samples), default=0.0)
+
     def metrics(self) -> bytes:
         """vLLM's own metrics (`vllm:*`)."""
         return generate_latest(REGISTRY)
@@ -154,6 +176,18 @@ class VllmEngine:
     async def close(self) -> None:
         """Ends vLLM's core process."""
         await asyncio.to_thread(self._engine.shutdown)
+
+    async def _warm_grammar(self) -> None:
+        """A first structured reply, which sets up vLLM's grammar back end."""
+        request = GenerateRequest(
+            request_id="warm-grammar",
+            prompt_token_ids=(1,),
+            sampling=WireSampling(max_tokens=1, temperature=0),
+            structured=Structured(choice=("a", "b")),
+        )
+        async with aclosing(self.generate(request)) as batches:
+            async for _ in batches:
+                pass
 
     async def _render(self, messages: tuple[WireMessage, ...]) -> list[int]:
         if sum(len(message.content) for message in messages) < LARGE_PROMPT_CHARS:
@@ -264,94 +298,70 @@ class _Continuation:
         return text, stopped
 
 
-def _prepare_environment(settings: Settings, model: ResolvedModel) -> None:
-    """What vLLM takes from the process environment alone; its core process inherits it."""
-    local = Path(model.path).is_dir()
-    threads = settings.cpu_threads or max(1, (os.cpu_count() or 1) // settings.engine_replicas)
-    os.environ |= {
-        # Replicas share the cores; vLLM's own binding would give each of them the same ones.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        # Ray sets 1 for an actor of one CPU.
-        "OMP_NUM_THREADS": str(threads),
-        # Threads spin briefly at their barriers, then sleep. On an idle machine (2 cores, smollm2-135m; 1, 8, 16)
-        # streams, 20,000 turns give 44, 300, 482 tok/s, as does the default of 300,000; 1,000 turns 34, 252, 417, and
-        # OMP_WAIT_POLICY=PASSIVE 28, 220, 378. Long spinning starves the other processes of a busy machine.
-        "GOMP_SPINCOUNT": "20000",
-        # A fork of a process with Ray's and torch's threads may deadlock.
-        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
-        "VLLM_LOGGING_LEVEL": settings.log_level.upper(),
-        "VLLM_NO_USAGE_STATS": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    if local:
-        os.environ["HF_HUB_OFFLINE"] = "1"
+class _Adapters:
+    """The adapters, each loaded by vLLM at its first use."""
+
+    def __init__(self, engine: "AsyncLLM", adapters: Mapping[str, Adapter]) -> None:
+        self._engine = engine
+        self._adapters = adapters
+        self._loaded: dict[str, LoRARequest] = {}
+        self._loading = asyncio.Lock()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What requests may ask for."""
+        return tuple(self._adapters)
+
+    async def loaded(self, name: str) -> "LoRARequest":
+        """The adapter, ready for use.
+
+        Raises:
+            BadRequest: there is none of this name, or vLLM cannot use it with this model.
+        """
+        from vllm.lora.request import LoRARequest
+
+        if name not in self._adapters:
+            raise unknown_adapter(name, self.names)
+        async with self._loading:
+            if name not in self._loaded:
+                request = LoRARequest(name, 1 + self.names.index(name), str(self._adapters[name].path))
+                try:
+                    # Of its own accord vLLM loads an adapter within a step, where a failure ends the engine.
+                    await self._engine.add_lora(request)
+                except Exception as error:
+                    raise BadRequest(
+                        f"Adapter {name!r} does not fit the model: {error}. Use one that was trained on this model.",
+                        param="adapter",
+                    ) from error
+                self._loaded[name] = request
+        return self._loaded[name]
 
 
-def _load(settings: Settings, model: ResolvedModel) -> "AsyncLLM":
-    from vllm.v1.engine.async_llm import AsyncLLM
-
-    return AsyncLLM.from_engine_args(_engine_args(settings, model))
-
-
-def _engine_args(settings: Settings, model: ResolvedModel) -> "AsyncEngineArgs":
+def _load(settings: Settings, model: ResolvedModel, adapters: Mapping[str, Adapter]) -> "AsyncLLM":
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.platforms import current_platform
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
 
-    common: dict[str, object] = {
-        "model": model.path,
-        "served_model_name": model.alias,
-        "max_model_len": model.context_length,
-        "max_num_seqs": settings.engine_max_ongoing,
-        "enable_prefix_caching": settings.prefix_caching,
-        "scheduling_policy": "priority",
-        "enable_log_requests": False,
-    }
-    if current_platform.is_cpu():
-        from vllm.v1.executor.uniproc_executor import UniProcExecutor
-
-        cpu = {
-            # vLLM would put the one worker into a process of its own: 17 s more to start, and at 1, 8 and 16 streams of
-            # smollm2-135m 29, 200 and 323 tok/s instead of 43, 292 and 470. By name ("uni") it is not obeyed.
-            "distributed_executor_backend": UniProcExecutor,
-            "dtype": "bfloat16" if settings.model_dtype == "auto" else settings.model_dtype,
-            # Compiling took 197 s at start and changed greedy answers; eager 30 s and none.
-            "enforce_eager": True,
-            "kv_cache_memory_bytes": int(settings.cpu_kv_cache_gib * GIB),
-        }
-        return AsyncEngineArgs(**common, **cpu)
-    gpu = {
-        "dtype": settings.model_dtype,
-        "gpu_memory_utilization": settings.gpu_memory_fraction,
-        "tensor_parallel_size": settings.tensor_parallel,
-        # The replica's placement group has a bundle per GPU; Ray's executor puts a worker in each.
-        "distributed_executor_backend": "ray" if settings.tensor_parallel > 1 else None,
-    }
-    return AsyncEngineArgs(**common, **gpu)
+    on_cpu = current_platform.is_cpu()
+    # Any, for vLLM checks each value by itself.
+    arguments: dict[str, Any] = {**engine_arguments(settings, model, adapters, on_cpu=on_cpu)}
+    if on_cpu:
+        # vLLM would put the one worker into a process of its own: 17 s more to start, and at 1, 8 and 16 streams of
+        # smollm2-135m 29, 200 and 323 tok/s instead of 43, 292 and 470. By name ("uni") it is not obeyed.
+        arguments["distributed_executor_backend"] = UniProcExecutor
+    return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments), stat_loggers=_stat_loggers(settings))
 
 
-async def _batches(
-    outputs: "AsyncGenerator[RequestOutput, None]",
-    continuation: _Continuation | None,
-    prompt_tokens: int,
-    rivals: int | None,
-) -> AsyncGenerator[Batch, None]:
-    drawn = 0
-    async for output in outputs:
-        (choice,) = output.outputs
-        ids = tuple(choice.token_ids)
-        drawn += len(ids)
-        text, reason = choice.text, choice.finish_reason
-        if continuation is not None:
-            text, stopped = continuation.advance(ids, reason, choice.stop_reason)
-            reason = "stop" if stopped else reason
-        # FlatLogprobs come only where flat_logprobs is asked for.
-        tokens = _tokens(ids, choice.logprobs, rivals or 0)  # pyright: ignore[reportArgumentType]
-        frame = Frame(text, ids, tokens)
-        if reason is not None:
-            yield frame, End(_finish(reason), prompt_tokens, drawn)
-            return
-        if ids:
-            yield (frame,)
+def _stat_loggers(settings: Settings) -> "list[StatLoggerFactory] | None":
+    """What gets vLLM's statistics: Prometheus's registry of this process, and Ray's metrics port where it is wanted."""
+    if not settings.ray_metrics:
+        return None
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+    from vllm.v1.metrics.ray_wrappers import RayPrometheusStatLogger
+
+    # In this order: each takes vLLM's metrics off the process's registry before it puts its own somewhere.
+    return [RayPrometheusStatLogger, PrometheusStatLogger]
 
 
 def _tokens_prompt(ids: list[int], cache_salt: str | None) -> "TokensPrompt":
@@ -361,27 +371,6 @@ def _tokens_prompt(ids: list[int], cache_salt: str | None) -> "TokensPrompt":
     if cache_salt is not None:
         prompt["cache_salt"] = cache_salt
     return prompt
-
-
-def _finish(reason: str) -> FinishReason:
-    if reason == "stop":
-        return "stop"
-    if reason == "length":
-        return "length"
-    raise EngineFailed("The engine broke off the reply. Try again.")
-
-
-def _tokens(ids: Sequence[int], logprobs: "Sequence[Mapping[int, Logprob]] | None", rivals: int) -> tuple[Token, ...]:
-    if logprobs is None:
-        return ()
-    return tuple(_token(token, position, rivals) for token, position in zip(ids, logprobs, strict=True))
-
-
-def _token(drawn: int, position: "Mapping[int, Logprob]", rivals: int) -> Token:
-    """`position` has the drawn token and the likeliest ones, which it may be one of; vLLM ranks from 1."""
-    likeliest = sorted(position.items(), key=lambda item: item[1].rank or 0)[:rivals]
-    top = tuple(Alternative(rival.decoded_token or "", token, rival.logprob) for token, rival in likeliest)
-    return Token(position[drawn].decoded_token or "", drawn, position[drawn].logprob, top)
 
 
 def _mapped(error: Exception) -> OneboxError:

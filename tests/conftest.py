@@ -1,12 +1,9 @@
-"""Fixtures for every test folder: free ports, the home shared by test runs, engine fleets, a browser.
-
-`scripted_fleet` and `vllm_fleet` start once per session; their type is `tests.processes.Fleet`.
-"""
+"""Fixtures for every test folder: free ports, the home shared by test runs and its small model, a browser."""
 
 import os
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +11,7 @@ from playwright.async_api import Browser, async_playwright
 
 from onebox import sockets
 from onebox.settings import Settings
-from tests.processes import ROOT, Fleet, FleetSpec, run_fleet
+from tests.processes import ROOT, models_home
 
 TEST_MODEL = "smollm2-135m"
 FETCH = "from onebox.settings import read_settings; from serving.models import resolve; resolve(read_settings())"
@@ -39,10 +36,8 @@ def free_port() -> Callable[[], int]:
 
 @pytest.fixture(scope="session")
 def test_home() -> Path:
-    """The `ONEBOX_HOME` that keeps models between test runs: `ONEBOX_TEST_HOME` or `~/.cache/onebox-test`."""
-    home = Path(os.environ.get("ONEBOX_TEST_HOME", "~/.cache/onebox-test")).expanduser()
-    home.mkdir(parents=True, exist_ok=True)
-    return home
+    """The `ONEBOX_HOME` that keeps models between test runs."""
+    return models_home()
 
 
 @pytest.fixture(scope="session")
@@ -52,22 +47,6 @@ def smollm2_settings(test_home: Path) -> Settings:
     environment.pop("ONEBOX_TEST_HOME", None)
     subprocess.run([sys.executable, "-c", FETCH], cwd=ROOT, env=environment, check=True)
     return Settings.model_validate({"home": test_home, "engine": "vllm", "model": TEST_MODEL})
-
-
-@pytest.fixture(scope="session")
-def scripted_fleet(test_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """One scripted engine behind Ray Serve in its default ingress mode."""
-    spec = FleetSpec({"home": str(test_home), "engine": "scripted"})
-    with run_fleet(spec, tmp_path_factory.mktemp("fleet") / "fleet.log") as fleet:
-        yield fleet
-
-
-@pytest.fixture(scope="session")
-def vllm_fleet(smollm2_settings: Settings, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """A real vLLM engine with the tests' small model behind Ray Serve's HAProxy. Mark its users `engine`."""
-    values = {"home": str(smollm2_settings.home), "engine": "vllm", "model": TEST_MODEL, "engine_ingress": "haproxy"}
-    with run_fleet(FleetSpec(values), tmp_path_factory.mktemp("fleet") / "fleet.log") as fleet:
-        yield fleet
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,13 @@ START_TIMEOUT_S = 600
 STOP_TIMEOUT_S = 60
 
 
+def models_home() -> Path:
+    """The `ONEBOX_HOME` that keeps models between runs: `ONEBOX_TEST_HOME` or `~/.cache/onebox-test`."""
+    home = Path(os.environ.get("ONEBOX_TEST_HOME", "~/.cache/onebox-test")).expanduser()
+    home.mkdir(parents=True, exist_ok=True)
+    return home
+
+
 @dataclass(frozen=True, slots=True)
 class Fleet:
     """A running fleet. `pid` is that of `python -m deploy.fleet`; `model` the name it serves."""
@@ -53,8 +60,8 @@ class FleetSpec:
 
 
 @contextmanager
-def run_fleet(spec: FleetSpec, log: Path) -> Iterator[Fleet]:
-    """A fleet that is ready, ended with everything it started on leaving."""
+def run_fleet(spec: FleetSpec, log: Path, path: str = "") -> Iterator[Fleet]:
+    """A fleet that is ready, ended with everything it started on leaving. `path` leads to one of several models."""
     port, token = free_port(), secrets.token_hex(16)
     with log.open("wb") as sink:
         process = subprocess.Popen(
@@ -65,7 +72,7 @@ def run_fleet(spec: FleetSpec, log: Path) -> Iterator[Fleet]:
             stderr=subprocess.STDOUT,
         )
     try:
-        model = wait_until_ready(process, f"http://127.0.0.1:{port}", token, log)
+        model = wait_until_ready(process, f"http://127.0.0.1:{port}{path}", token, log)
         yield Fleet(f"http://127.0.0.1:{port}", token, process.pid, model, log)
     finally:
         process.send_signal(signal.SIGTERM)

@@ -89,14 +89,14 @@ def product(home: Path, env: Mapping[str, str]) -> Iterator[Product]:
 
 
 @contextmanager
-def bare_vllm(model: Path, context_length: int, log: Path, env: Mapping[str, str]) -> Iterator[str]:
-    """vLLM's own OpenAI server with the arguments the product gives its engine. Yields its URL."""
+def bare_vllm(model: Path, context_length: int, log: Path, env: Mapping[str, str], *more: str) -> Iterator[str]:
+    """vLLM's own OpenAI server with the arguments the product gives its engine, and `more`. Yields its URL."""
     port = free_port()
     argv = (
         sys.executable, "-m", "vllm.entrypoints.openai.api_server",
         "--model", str(model), "--served-model-name", "bare", "--host", "127.0.0.1", "--port", str(port),
         "--dtype", "bfloat16", "--max-model-len", str(context_length), "--max-num-seqs", "64", "--enforce-eager",
-        "--disable-uvicorn-access-log",
+        "--disable-uvicorn-access-log", *more,
     )  # fmt: skip
     with process(argv, f"http://127.0.0.1:{port}/health", log, env):
         yield f"http://127.0.0.1:{port}"

@@ -3,7 +3,6 @@
 import argparse
 import asyncio
 import contextlib
-import logging
 import socket
 import sys
 from collections.abc import AsyncIterator
@@ -15,6 +14,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from gradio.themes import Base
 
+from onebox import logs
 from onebox.client import Client
 from onebox.errors import OneboxError, SetupError
 from onebox.settings import Settings, read_settings
@@ -94,11 +94,11 @@ def main() -> int:
     except SetupError as error:
         sys.stderr.write(f"{error.message}\n")
         return 1
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logs.set_up(settings, "page")
     config = uvicorn.Config(
         build_app(settings, Pace()),
         log_level=settings.log_level,
+        log_config=None,
         access_log=False,
         timeout_graceful_shutdown=5,
     )

@@ -427,8 +427,11 @@ class Page(Layout):
             logger.warning("A reply could not be stopped", exc_info=True)
 
     def on_leave(self, request: gr.Request) -> None:
-        """The browser is gone: nobody reads the stream any more."""
-        self._chat.leave(request.session_hash or "")
+        """The browser is gone: nobody reads the stream any more, and what Gradio keeps of the session is of no use."""
+        session = request.session_hash or ""
+        self._chat.leave(session)
+        self.blocks.state_holder.session_data.pop(session, None)
+        self.blocks.state_holder.time_last_used.pop(session, None)
 
 
 def _message_number(index: int | tuple[int, int]) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Literal, TypedDict
 
-from onebox.events import Check, Stopped
+from onebox.events import Check, Queued, Stopped
 from onebox.records import Conversation, ConversationSummary, Problem, Readiness, TaskInfo, Turn, Variant
 from ui.reply import PENDING, Update, running_variant
 from ui.strings import Strings
@@ -162,6 +162,8 @@ def _waiting(live: Update | None, words: Strings, conversation: str | None = Non
     progress = live.progress if live else None
     if live is not None and live.waiting_s is not None:
         label = words.waiting.format(seconds=live.waiting_s)
+    elif live is not None and live.queued is not None:
+        label = _queued(live.queued, words)
     elif progress is not None:
         label = words.progress.format(label=progress.label, done=progress.done, total=progress.total)
     else:
@@ -175,6 +177,12 @@ def _waiting(live: Update | None, words: Strings, conversation: str | None = Non
         f'<p class="ob-wait"{here}><span class="ob-dots" aria-hidden="true"><i></i><i></i><i></i></span>'
         f"<span>{escape(label)}</span></p>{bar}"
     )
+
+
+def _queued(queued: Queued, words: Strings) -> str:
+    if queued.wait_s is None:
+        return words.queued.format(position=queued.position)
+    return words.queued_for.format(position=queued.position, seconds=max(1, round(queued.wait_s)))
 
 
 def _checks(checks: Sequence[Check], words: Strings) -> str:
@@ -250,6 +258,7 @@ def friendly(code: str, words: Strings) -> str:
     """What happened, why and what to do, for people."""
     return {
         "overloaded": words.error_overloaded,
+        "rate_limited": words.error_rate_limited,
         "context_length_exceeded": words.error_too_long,
         "body_too_large": words.error_too_long,
         "engine_failed": words.error_engine,

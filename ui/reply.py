@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from onebox.errors import OneboxError, Unavailable, from_code
-from onebox.events import Accepted, Check, Completed, Event, Failed, Progress, Routed, Stopped, TextDelta, Usage
+from onebox.events import Accepted, Check, Completed, Event, Failed, Progress, Queued, Routed, Stopped, TextDelta, Usage
 from onebox.records import Conversation, Problem, Turn, Variant
 
 PENDING = "pending"
@@ -16,7 +16,7 @@ PENDING = "pending"
 @dataclass(frozen=True, slots=True)
 class Update:
     """The page's new state. `conversation` None: leave what is shown. `waiting_s`: seconds spent on a model that
-    is loading. `unsent`: the message went nowhere and belongs back in the box."""
+    is loading. `queued`: where the run waits for an engine. `unsent`: the message belongs back in the box."""
 
     conversation: Conversation | None
     running: bool
@@ -26,6 +26,7 @@ class Update:
     problem: Problem | None = None
     unsent: bool = False
     cut: bool = False
+    queued: Queued | None = None
 
 
 @dataclass(slots=True)
@@ -37,6 +38,7 @@ class Growing:
     progress: Progress | None = None
     checks: tuple[Check, ...] = ()
     cut: bool = False
+    queued: Queued | None = None
 
     def take(self, events: Sequence[Event]) -> None:
         """Grow by these events, the next ones of the run."""
@@ -44,11 +46,13 @@ class Growing:
             match event:
                 case TextDelta(text=text):
                     self.pieces.append(text)
-                    self.progress = None
+                    self.progress = self.queued = None
                 case Accepted(run_id=run_id):
                     self.variant = replace(self.variant, run_id=run_id)
                 case Routed():
                     self.variant = replace(self.variant, route=event, task=event.task)
+                case Queued(position=position):
+                    self.queued = event if position else None
                 case Progress():
                     self.progress = event
                 case Check():
@@ -89,7 +93,7 @@ class Growing:
         variants = (*others, self.variant)
         shown = replace(turn, variants=variants, chosen=len(variants) - 1)
         conversation = replace(base, turns=(*base.turns, shown))
-        return Update(conversation, self.running, self.progress, self.checks, cut=self.cut)
+        return Update(conversation, self.running, self.progress, self.checks, cut=self.cut, queued=self.queued)
 
 
 def running_variant(conversation: Conversation) -> Variant | None:

@@ -49,6 +49,8 @@ class Strings:
     cut: str
     waiting: str
     waiting_stopped: str
+    queued: str
+    queued_for: str
     loading_banner: str
     loading_hint: str
     down_banner: str
@@ -68,6 +70,7 @@ class Strings:
     copy: str
     copied: str
     error_overloaded: str
+    error_rate_limited: str
     error_too_long: str
     error_engine: str
     error_timeout: str
@@ -119,6 +122,8 @@ EN = Strings(
     cut="The reply reached its length limit.",
     waiting="The model is loading. Your message is kept and will be sent as soon as it is ready ({seconds} s).",
     waiting_stopped="Not sent. Your message is still in the box.",
+    queued="Waiting: place {position}",
+    queued_for="Waiting: place {position}, about {seconds} s",
     loading_banner="The model is loading",
     loading_hint="You can write already; your message goes out when it is ready.",
     down_banner="The server does not answer yet",
@@ -138,6 +143,7 @@ EN = Strings(
     copy="Copy",
     copied="Copied",
     error_overloaded="Too busy right now: every slot of the model is taken. Wait a moment and try again.",
+    error_rate_limited="Many of your replies are waiting already. Wait for some of them to end, then try again.",
     error_too_long="The conversation and your message are longer than the model can read. "
     "Shorten the message or start a new chat.",
     error_engine="The model broke off this reply. What it wrote is kept. Try again to get a whole one.",
@@ -191,6 +197,8 @@ ZH = Strings(
     cut="回复已达到长度上限。",
     waiting="模型正在加载。消息已保留，加载完成后会自动发送（{seconds} 秒）。",
     waiting_stopped="未发送，消息仍在输入框里。",
+    queued="排队中：第 {position} 位",
+    queued_for="排队中：第 {position} 位，约 {seconds} 秒",
     loading_banner="模型正在加载",
     loading_hint="现在就可以输入，加载完成后会自动发送。",
     down_banner="服务器暂时没有响应",
@@ -210,6 +218,7 @@ ZH = Strings(
     copy="复制",
     copied="已复制",
     error_overloaded="现在太忙：模型的所有位置都被占用。请稍等片刻再试。",
+    error_rate_limited="您已有多条回复在排队。请等其中一些结束后再试。",
     error_too_long="对话加上这条消息超出了模型能读的长度。请缩短消息，或开始新对话。",
     error_engine="模型中断了这条回复。已写出的内容已保留，重试可得到完整回复。",
     error_timeout="模型用时过长，回复已放弃。请重试，或提出更短的要求。",

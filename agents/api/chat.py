@@ -16,10 +16,10 @@ from agents.api.models import resolve_model
 from agents.api.replies import JsonReply, StreamReply, error_of
 from agents.api.route import LeanRoute
 from agents.api.schemas import ChatRequest, read_messages, turn_of
-from agents.context import Meter
-from agents.execution import check_params
 from agents.gateway import Gateway, gateway_of, principal_of
 from agents.keys import Principal
+from agents.llm import Meter
+from agents.params import check_params
 from agents.runs import Idempotency, RunRequest, Runs, Started, new_run_id
 from agents.wire import DONE, ChunkEncoder, error_line, onebox_object, token_logprob, usage_object
 from onebox.errors import OneboxError
@@ -59,19 +59,20 @@ async def complete(
 ) -> Response:
     """Answer the last message, streamed or whole."""
     sampling = body.sampling(gateway.settings, (body.top_logprobs or 0) if body.logprobs else None)
-    task, raw = await resolve_model(gateway, body.model)
-    if task is not None:
-        check_params(gateway.executor.plugins[task], body.onebox.params)
+    wanted = await resolve_model(gateway, body.model)
+    if wanted.task is not None:
+        check_params(gateway.executor.plugins[wanted.task], body.onebox.params)
     messages: tuple[Message, ...] = ()
     if not body.onebox.regenerate:
-        free = raw and body.onebox.conversation is None
+        free = wanted.raw and body.onebox.conversation is None
         messages = read_messages(body.messages, gateway.settings, ends_with_user=not free)
     request = RunRequest(
         run_id=new_run_id(),
         tenant=principal.tenant,
         messages=messages,
-        task=task,
-        raw=raw,
+        task=wanted.task,
+        raw=wanted.raw,
+        model=wanted.model,
         params=body.onebox.params,
         sampling=sampling,
         conversation_id=body.onebox.conversation,
@@ -131,7 +132,7 @@ async def _chunks(
                 yield encoder.event(event)
                 continue
             held.append(event)
-            if event.kind in ("progress", "citation", "check"):
+            if event.kind in ("progress", "citation", "check", "queued"):
                 opened = True
                 yield _opening(encoder, started, routed, held)
 
@@ -150,7 +151,8 @@ async def _several(gateway: Gateway, request: RunRequest, body: ChatRequest) -> 
     """`n` replies to one request, side by side, after one routing."""
     routed: Routed | None = None
     if not request.raw:
-        routed = await gateway.executor.decide(request, request.messages, Meter(), request.run_id)
+        with gateway.executor.admission.passing(request.tenant) as claim:
+            routed = await gateway.executor.decide(request, request.messages, Meter(), request.run_id, claim)
     several = [_nth(replace(request, routed=routed), index) for index in range(body.n or 1)]
     try:
         async with asyncio.TaskGroup() as group:

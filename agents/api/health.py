@@ -26,19 +26,18 @@ async def healthz() -> Response:
 @router.get("/readyz")
 async def readyz(gateway: Annotated[Gateway, Depends(gateway_of)]) -> Response:
     """Whether a message sent now would be answered."""
-    (engine, detail), store = await asyncio.gather(gateway.engine.readiness(ENGINE_TIMEOUT_S), _store_state(gateway))
-    model: str | None = None
-    if engine == "ready":
-        try:
-            model = (await gateway.engine.card()).id
-        except OneboxError as error:
-            engine, detail = "down", error.message
-    ready = engine == "ready" and store == "ok"
-    if store == "down":
-        detail = "The conversation store does not answer."
-    response = json_response(
-        {"ready": ready, "store": store, "engine": engine, "model": model, "detail": detail}, 200 if ready else 503
-    )
+    engines, store = await asyncio.gather(gateway.engines.readiness(ENGINE_TIMEOUT_S), _store_state(gateway))
+    ready = engines.state == "ready" and store == "ok"
+    body: dict[str, object] = {
+        "ready": ready,
+        "store": store,
+        "engine": engines.state,
+        "model": engines.model,
+        "detail": engines.detail if store == "ok" else "The conversation store does not answer.",
+    }
+    if engines.models:
+        body["models"] = engines.models
+    response = json_response(body, 200 if ready else 503)
     if not ready:
         response.headers["retry-after"] = RETRY_AFTER_S
     return response
@@ -46,8 +45,14 @@ async def readyz(gateway: Annotated[Gateway, Depends(gateway_of)]) -> Response:
 
 @router.get("/metrics")
 async def metrics(gateway: Annotated[Gateway, Depends(gateway_of)]) -> Response:
-    """This worker's counters for Prometheus."""
-    return Response(gateway.metrics.render(), media_type=CONTENT_TYPE)
+    """What this worker and its siblings on this machine have counted, for Prometheus."""
+    return Response(await asyncio.to_thread(gateway.metrics.render), media_type=CONTENT_TYPE)
+
+
+@router.get("/metrics/engines")
+async def engine_metrics(gateway: Annotated[Gateway, Depends(gateway_of)]) -> Response:
+    """The metrics of every engine replica, with its address in the label `replica`."""
+    return Response(await gateway.engine_metrics.page(), media_type=CONTENT_TYPE)
 
 
 async def _store_state(gateway: Gateway) -> str:

@@ -14,8 +14,9 @@ from typing import Final
 
 import orjson
 from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
+from agents.patience import Patience
 from agents.wire import error_line, error_object
 from onebox.errors import Internal, OneboxError, from_code
 from onebox.events import Failed
@@ -102,6 +103,7 @@ class StreamReply(WatchedReply):
     ) -> None:
         super().__init__(count_error)
         self._pieces = pieces
+        self._patience = Patience()
         self._ping_s = settings.ping_s
         self._stall_s = settings.reader_stall_s
         self._began = False
@@ -121,14 +123,15 @@ class StreamReply(WatchedReply):
         except _Stalled:
             logger.info("A reader took nothing for %g s and was dropped", self._stall_s)
         finally:
+            self._patience.close()
             pings.cancel()
             await asyncio.gather(pings, return_exceptions=True)
 
     async def _send(self, send: Send, piece: bytes, *, last: bool = False) -> None:
         self._busy = True
         try:
-            async with asyncio.timeout(self._stall_s):
-                await send({"type": "http.response.body", "body": piece, "more_body": not last})
+            message: Message = {"type": "http.response.body", "body": piece, "more_body": not last}
+            await self._patience.wait(send(message), self._stall_s)
         except TimeoutError:
             raise _Stalled from None
         self._busy = last

@@ -17,14 +17,15 @@ from agents.api.models import resolve_model
 from agents.api.replies import JsonReply, StreamReply, error_of, json_response
 from agents.api.route import LeanRoute
 from agents.api.schemas import ResponseRequest, check_messages, turn_of
-from agents.execution import AUTO, check_params
+from agents.execution import AUTO
 from agents.gateway import Gateway, gateway_of, principal_of
 from agents.keys import Principal
+from agents.params import check_params
 from agents.responses_wire import ResponseEncoder, ResponseFields, fields_of
 from agents.run_store import Idempotency, RunRecord, RunRequest, new_run_id, unknown_run
 from agents.runs import Started
 from onebox.errors import BadRequest, Conflict
-from onebox.events import Accepted, Check, Citation, Completed, Failed, Output, Progress, Stopped, TextDelta
+from onebox.events import Accepted, Check, Citation, Completed, Failed, Output, Progress, Queued, Stopped, TextDelta
 from onebox.messages import Message, assistant, system
 
 router = APIRouter(route_class=LeanRoute, tags=["responses"])
@@ -34,7 +35,7 @@ Caller = Annotated[Principal, Depends(principal_of)]
 # OpenAI's client takes a comment and a blank line, after an `id:`, for an event without data.
 NOTHING_LEFT: Final = b": end\n"
 _RUN_ID: Final = re.compile(r"resp_[0-9a-f]{1,96}(-[0-9]{1,3})?")
-_SHOWN: Final = (TextDelta, Output, Progress, Citation, Check, Completed, Stopped)
+_SHOWN: Final = (TextDelta, Output, Queued, Progress, Citation, Check, Completed, Stopped)
 
 
 @router.post("/v1/responses")
@@ -45,17 +46,18 @@ async def create(
     idempotency: Annotated[Idempotency | None, Depends(idempotency_of)],
 ) -> Response:
     """Start a run, or join the one that the idempotency key has, and answer with its events, its end or itself."""
-    task, raw = await resolve_model(gateway, body.model)
-    if task is not None:
-        check_params(gateway.executor.plugins[task], body.onebox.params)
+    wanted = await resolve_model(gateway, body.model)
+    if wanted.task is not None:
+        check_params(gateway.executor.plugins[wanted.task], body.onebox.params)
     sampling = body.sampling(gateway.settings)
-    messages, fields = await _messages(gateway, caller, body, raw), _fields(body)
+    messages, fields = await _messages(gateway, caller, body, wanted.raw), _fields(body)
     request = RunRequest(
         run_id=new_run_id(),
         tenant=caller.tenant,
         messages=messages,
-        task=task,
-        raw=raw,
+        task=wanted.task,
+        raw=wanted.raw,
+        model=wanted.model,
         params=body.onebox.params,
         sampling=sampling,
         conversation_id=body.conversation_id,

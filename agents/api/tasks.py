@@ -13,14 +13,14 @@ from agents.api.idempotency import idempotency_of
 from agents.api.replies import JsonReply, StreamReply, error_of, json_response
 from agents.api.route import LeanRoute
 from agents.api.schemas import RouteRequest, TaskRequest, read_messages
-from agents.context import Meter
-from agents.execution import check_params
 from agents.gateway import Gateway, gateway_of, principal_of
 from agents.keys import Principal
+from agents.llm import Meter
+from agents.params import check_params
 from agents.runs import Idempotency, RunRequest, Runs, Started, new_run_id
 from agents.wire import usage_object
 from onebox.errors import BadRequest, UnknownTask
-from onebox.events import Accepted, Completed, Event, Failed, Output, TextDelta, Usage, encode
+from onebox.events import Accepted, Completed, Event, Failed, Output, Queued, TextDelta, Usage, encode
 from onebox.messages import Message, user
 from onebox.settings import Settings
 
@@ -80,7 +80,9 @@ async def route(
 ) -> Response:
     """Which task the last message is, and how sure that is."""
     request = RunRequest(new_run_id(), principal.tenant, _messages(body, gateway.settings))
-    return json_response(await gateway.executor.decide(request, request.messages, Meter(), request.run_id))
+    with gateway.executor.admission.passing(request.tenant) as claim:
+        routed = await gateway.executor.decide(request, request.messages, Meter(), request.run_id, claim)
+    return json_response(routed)
 
 
 def _messages(body: TaskRequest | RouteRequest, settings: Settings) -> tuple[Message, ...]:
@@ -108,6 +110,7 @@ async def _lines(runs: Runs, started: Started, count_error: Callable[[str], None
                 "progress",
                 "citation",
                 "check",
+                "queued",
                 "completed",
                 "stopped",
             ):
@@ -131,7 +134,7 @@ async def _whole(runs: Runs, started: Started, name: str) -> dict[str, object]:
                 pieces.append(event.text)
             elif isinstance(event, Failed):
                 raise error_of(event)
-            elif not isinstance(event, Accepted | Output):
+            elif not isinstance(event, Accepted | Output | Queued):
                 others.append(orjson.Fragment(encode(event)))
             if isinstance(event, Completed):
                 finish = event.finish

@@ -1,5 +1,6 @@
 """The processes around a gateway, as tests start, stop and kill them: a Valkey, a scripted replica, gateway workers."""
 
+import asyncio
 import os
 import secrets
 import subprocess
@@ -8,10 +9,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 
 import httpx
+import orjson
+from redis import Redis
 
+from agents.keys import KEYS
 from deploy.store import EmbeddedStore
 from onebox.sockets import free_port
 from tests.processes import ROOT
@@ -31,6 +36,13 @@ def until(condition: Callable[[], bool], timeout_s: float = 30.0) -> None:
             pass
         time.sleep(0.02)
     raise AssertionError(f"the condition did not come true within {timeout_s:g} s")
+
+
+async def until_async(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
+    """Returns once `condition` holds, which other tasks of this loop bring about."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
 @dataclass
@@ -113,20 +125,42 @@ class Stack:
         self._environment = environment
         self.gateway = self.worker(self.api_port)
 
-    def worker(self, port: int) -> Child:
-        """A gateway worker of this store and engine that listens at `port`."""
+    def worker(self, port: int, **changed: str) -> Child:
+        """A gateway worker of this store and engine that listens at `port`, with some settings changed."""
         url = f"http://127.0.0.1:{port}"
         return Child(
             (sys.executable, "-m", "agents"),
-            self._environment | {"ONEBOX_API_PORT": str(port)},
+            self._environment
+            | {f"ONEBOX_{name.upper()}": value for name, value in changed.items()}
+            | {"ONEBOX_API_PORT": str(port)},
             self.folder / f"gateway-{port}.log",
             lambda: httpx.get(f"{url}/healthz", timeout=5.0).status_code == 200,
+        )
+
+    def replica(self, port: int, **changed: str) -> Child:
+        """Another scripted replica, which listens at `port`, with some settings changed."""
+        headers = {"authorization": f"Bearer {self.token}"}
+        return Child(
+            (sys.executable, "-m", "tests.agents.scripted_replica"),
+            self._environment
+            | {f"ONEBOX_{name.upper()}": value for name, value in changed.items()}
+            | {"ONEBOX_ENGINE_PORT": str(port)},
+            self.folder / f"replica-{port}.log",
+            lambda: httpx.get(f"http://127.0.0.1:{port}/readyz", headers=headers, timeout=5.0).status_code == 200,
         )
 
     def engine_running(self) -> int:
         """Requests the engine works on."""
         lines = self.engine_client.get("/metrics").text.splitlines()
         return int(float(next(line.split()[1] for line in lines if line.startswith("onebox_engine_running "))))
+
+    def new_key(self, tenant: str) -> str:
+        """An API key of a tenant, put into the store as the gateway would."""
+        key = f"sk-test-{secrets.token_hex(8)}"
+        owner = orjson.dumps({"tenant": tenant, "admin": False, "created": 0})
+        with Redis.from_url(self.embedded.url) as redis:
+            redis.hset(KEYS, sha256(key.encode()).hexdigest(), owner)
+        return key
 
     def new_conversation(self) -> str:
         """The id of an empty one."""

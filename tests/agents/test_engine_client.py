@@ -6,7 +6,7 @@ import random
 import secrets
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,8 @@ from tests.agents.processes import Child
 
 TOKEN = secrets.token_hex(8)
 TOKENS = 200
+PLACES, QUEUED = 4, 2
+SERVED = 'onebox_engine_finished_total{finish="length"}'
 
 
 @dataclass(slots=True)
@@ -48,7 +50,7 @@ class Replica:
     def metric(self, name: str) -> int:
         """One of its gauges or counters."""
         lines = httpx.get(f"{self.url}/metrics", headers=HEADERS, trust_env=False).text.splitlines()
-        return int(float(next(line.split()[1] for line in lines if line.startswith(f"{name} "))))
+        return int(float(next((line.split()[1] for line in lines if line.startswith(f"{name} ")), 0)))
 
 
 HEADERS = {"authorization": f"Bearer {TOKEN}"}
@@ -313,9 +315,9 @@ async def test_call_that_waits_for_its_first_token_can_be_aborted(start: Start) 
         await anext(blocking)
         call = call_of()
         reading = asyncio.create_task(read(client, call))
-        await eventually(lambda: replica.metric("onebox_engine_running") == 2)
+        await eventually(lambda: replica.metric("onebox_engine_waiting") == 1)
         receipt = await client.abort(call.request_id)
-        assert replica.metric("onebox_engine_running") == 1
+        assert replica.metric("onebox_engine_waiting") == 0
         with pytest.raises(EngineFailed, match="stopped"):
             await reading
     assert receipt.tokens == 0
@@ -379,6 +381,104 @@ async def test_aborts_at_random_moments_leave_nothing_running(start: Start) -> N
             await asyncio.gather(*(one(client, number + offset) for offset in range(20)))
         await eventually(lambda: replica.metric("onebox_engine_running") == 0)
         assert (await read(client, call_of(5)))[2].completion_tokens == 5
+
+
+@pytest.fixture
+def pair(start: Start) -> tuple[Replica, Replica]:
+    """Two replicas, each with both in its roster."""
+    ports = free_port(), free_port()
+    doors = [f"http://127.0.0.1:{port}" for port in ports]
+    limits = {"engine_max_ongoing": str(PLACES), "engine_max_queued": str(QUEUED)}
+    first, second = (start("--fleet", *doors, port=port, **limits) for port in ports)
+    return first, second
+
+
+async def knows_both(client: EngineClient) -> None:
+    """The client sends requests straight to both replicas from now on."""
+    await read(client, call_of(1))
+    await eventually(lambda: client.places() == 2 * PLACES)
+
+
+async def home_of(client: EngineClient, replicas: Sequence[Replica], key: str) -> tuple[Replica, Replica]:
+    """The replica where this key goes, and the other one."""
+    before = [replica.metric(SERVED) for replica in replicas]
+    await read(client, call_of(1, affinity=key))
+    served = [replica.metric(SERVED) > count for replica, count in zip(replicas, before, strict=True)]
+    return (replicas[0], replicas[1]) if served[0] else (replicas[1], replicas[0])
+
+
+async def test_calls_of_one_key_go_straight_to_one_replica_and_elsewhere_once_it_is_dead(
+    pair: tuple[Replica, Replica],
+) -> None:
+    reasons: list[str] = []
+    async with ingress_of(pair[0].port) as ingress, client_of(ingress, reasons) as client:
+        await knows_both(client)
+        connections = ingress.connections
+        home, other = await home_of(client, pair, "key")
+        assert await home_of(client, pair, "key") == (home, other)
+        whole = await read(client, call_of(affinity="key"))
+        again = await read(client, call_of(affinity="key"), at=60, act=home.child.kill)
+        assert again == whole
+        before = other.metric(SERVED)
+        await read(client, call_of(1, affinity="key"))
+        assert other.metric(SERVED) == before + 1
+        assert ingress.connections == connections
+    assert reasons == ["cut"]
+
+
+async def test_replica_that_leaves_takes_nothing_new_and_ends_what_it_has(pair: tuple[Replica, Replica]) -> None:
+    reasons: list[str] = []
+    async with ingress_of(pair[0].port) as ingress, client_of(ingress, reasons) as client:
+        await knows_both(client)
+        home, other = await home_of(client, pair, "key")
+        reading = asyncio.create_task(read(client, call_of(affinity="key")))
+        await eventually(lambda: home.metric("onebox_engine_running") == 1)
+        home.signal(signal.SIGUSR1)
+        await eventually(lambda: home.metric("onebox_engine_draining") == 1)
+        before = other.metric(SERVED)
+        assert (await read(client, call_of(1, affinity="key")))[2].completion_tokens == 1
+        assert other.metric(SERVED) == before + 1
+        assert (await reading)[2].completion_tokens == TOKENS
+    assert reasons == []
+
+
+async def test_full_replica_is_passed_over_and_a_full_fleet_refuses(pair: tuple[Replica, Replica]) -> None:
+    async with ingress_of(pair[0].port) as ingress, client_of(ingress) as client:
+        await knows_both(client)
+        waiting = [
+            asyncio.create_task(read(client, call_of(1000, affinity="key"))) for _ in range(2 * (PLACES + QUEUED))
+        ]
+        await eventually(lambda: sum(replica.metric("onebox_engine_waiting") for replica in pair) == 2 * QUEUED)
+        with pytest.raises(Overloaded) as refused:
+            await read(client, call_of(1, affinity="key"))
+        assert refused.value.retry_after_s
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+
+
+async def test_gateways_that_know_nothing_of_each_other_fill_every_place(pair: tuple[Replica, Replica]) -> None:
+    async with ingress_of(pair[0].port) as ingress, client_of(ingress) as one, client_of(ingress) as another:
+        await knows_both(one)
+        await knows_both(another)
+        keys = [f"key {number}" for number in range(PLACES)]
+        reading = [
+            asyncio.create_task(read(client, call_of(1000, affinity=key))) for client in (one, another) for key in keys
+        ]
+        await eventually(lambda: sum(replica.metric("onebox_engine_running") for replica in pair) == 2 * PLACES)
+        assert [replica.metric("onebox_engine_waiting") for replica in pair] == [0, 0]
+        for task in reading:
+            task.cancel()
+        await asyncio.gather(*reading, return_exceptions=True)
+
+
+async def test_ingress_is_the_way_while_no_door_can_be_reached(start: Start) -> None:
+    nowhere = f"http://127.0.0.1:{free_port()}"
+    replica = start("--door", nowhere, "--fleet", nowhere)
+    async with ingress_of(replica.port) as ingress, client_of(ingress) as client:
+        for _ in range(3):
+            assert (await read(client, call_of(5, affinity="key")))[2].completion_tokens == 5
+        assert replica.metric(SERVED) == 3
 
 
 async def cancel(task: "asyncio.Task[object]") -> None:

@@ -182,7 +182,8 @@ def test_worker_that_is_asked_to_leave_lets_its_replies_end(fragile: Stack) -> N
 def test_engine_whose_queue_is_full_is_told_as_overload_before_anything_streams(
     valkey: EmbeddedStore, tmp_path: Path
 ) -> None:
-    limits = {"engine_max_ongoing": "1", "engine_max_queued": "0"}
+    # With a second replica that is not there, the gateway lets one more in than the engine can take.
+    limits = {"engine_max_ongoing": "1", "engine_max_queued": "0", "engine_replicas": "2"}
     with run_stack(Stack(tmp_path, valkey, limits)) as stack:
         first, second = stack.new_conversation(), stack.new_conversation()
         with stack.client.stream("POST", PATH, json=long_reply(first)) as reply:

@@ -5,9 +5,9 @@ import math
 import openai.types.chat
 import pytest
 
-from agents.context import share
 from agents.conversations import Turn, Variant, history
 from agents.keys import ensure_admin_key
+from agents.llm import share
 from agents.store import Store
 from agents.wire import ChunkEncoder
 from deploy.store import EmbeddedStore, prepare

@@ -7,7 +7,7 @@ import pytest
 from agents.journal import Diverged, Entry, Journal, decode_entries, encode_entries
 from agents.replay import Replay
 from onebox.errors import BadRequest, Overloaded
-from onebox.events import Event, Output, Progress, StepStarted, TextDelta, Token
+from onebox.events import Event, Output, Progress, Queued, StepStarted, TextDelta, Token
 
 
 def replayed(logged: list[Event], again: list[Event]) -> list[Event]:
@@ -31,6 +31,13 @@ def test_text_is_compared_as_text_however_it_was_cut() -> None:
     logged: list[Event] = [TextDelta("ab"), TextDelta("cdef"), Progress(1, 2, "x"), TextDelta("gh")]
     again: list[Event] = [TextDelta("abc"), TextDelta("d"), TextDelta("ef"), Progress(1, 2, "x"), TextDelta("ghi")]
     assert replayed(logged, again) == [TextDelta("i")]
+
+
+def test_waiting_in_a_queue_is_no_part_of_what_was_done() -> None:
+    logged: list[Event] = [Queued(2, 1.0), StepStarted(0, "chat"), TextDelta("ab"), Queued(0, 0.0), TextDelta("cd")]
+    assert replayed(logged, [StepStarted(0, "chat"), TextDelta("abcde")]) == [TextDelta("e")]
+    replay = Replay([Queued(1), Queued(0)])
+    assert replay.done
 
 
 def test_tokens_stay_with_the_text_that_is_new() -> None:

@@ -31,6 +31,7 @@ from onebox.events import (
     Failed,
     Output,
     Progress,
+    Queued,
     Routed,
     StepDone,
     StepStarted,
@@ -74,6 +75,18 @@ STORIES: dict[str, list[Event]] = {
     "refused": [*HEAD, Usage(0, 0), Failed("overloaded", "Full.", True, 2.0, "input")],
     "stopped": [*HEAD, *OPEN, *TEXT, *CLOSE, Stopped(5, 59, 12.5)],
     "logprobs": [HEAD[0], *OPEN, TextDelta("水", (TOKEN,)), *CLOSE, Completed()],
+    "queued": [
+        HEAD[0],
+        Queued(2, None),
+        Queued(1, 1.5),
+        Queued(0, 0.0),
+        *HEAD[1:],
+        *OPEN,
+        *TEXT,
+        STEP,
+        *CLOSE,
+        Completed(),
+    ],
     "empty": [*HEAD, STEP, Usage(3, 0), Completed()],
 }
 

@@ -147,6 +147,12 @@ async def test_message_without_words_goes_to_chat(router: Router) -> None:
     assert (decision.task, decision.tier) == ("chat", "default")
 
 
+@pytest.mark.parametrize("text", ["😀", "。。。", "— …", "!"])
+async def test_message_of_signs_alone_is_routed_without_a_cue(router: Router, text: str) -> None:
+    routed = await router.route([user(text)])
+    assert (routed.task in TASKS, routed.cues) == (True, ())
+
+
 async def test_cues_are_spans_of_the_text(router: Router) -> None:
     text = f"{NEWS}\nPlease translate all of it into Chinese"
     decision = await router.route([user(text)])

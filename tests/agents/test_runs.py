@@ -15,7 +15,7 @@ from redis.asyncio import Redis
 
 from deploy.store import EmbeddedStore, prepare
 from onebox.client import Client
-from onebox.events import Completed, Event, Failed, Stopped, TextDelta, is_terminal
+from onebox.events import Accepted, Completed, Event, Failed, Stopped, TextDelta, is_terminal
 from onebox.messages import Message, user
 from onebox.sockets import free_port
 from tests.agents.conftest import store_child
@@ -271,3 +271,20 @@ async def test_key_that_was_used_joins_its_run_or_is_refused(pair: Pair) -> None
         assert other.json()["error"]["code"] == "idempotency_mismatch"
     await read(pair.clients[1], run_id)
     assert len((await pair.clients[1].conversation(conversation)).turns) == 1
+
+
+async def test_log_that_is_switched_off_shows_the_same_reply_and_stores_none(pair: Pair) -> None:
+    expected = await undisturbed(pair.clients[0], STORY)
+    port = free_port()
+    unlogged = pair.stack.worker(port, log_enabled="false")
+    unlogged.start()
+    try:
+        async with Client(f"http://127.0.0.1:{port}", ADMIN_KEY) as client:
+            seen = [event async for event in client.stream(STORY, model="chat")]
+        assert "".join(event.text for event in seen if isinstance(event, TextDelta)) == expected
+        assert isinstance(seen[-1], Completed)
+        accepted = seen[0]
+        assert isinstance(accepted, Accepted)
+        assert await pair.log(accepted.run_id) == []
+    finally:
+        unlogged.stop()

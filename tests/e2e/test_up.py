@@ -90,23 +90,27 @@ def _first(process: psutil.Process) -> bool:
     return process.pid == min(child.pid for child in siblings)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGKILL], ids=["ctrl-c", "kill -9"])
-def test_nothing_but_what_was_said_is_left_however_up_ends(tmp_path: Path, signum: signal.Signals) -> None:
+def test_nothing_but_what_was_said_is_left_however_up_ends(tmp_path: Path) -> None:
     headers = {"Authorization": f"Bearer {KEY}"}
     with product(tmp_path, SCRIPTED) as started:
         made = httpx.post(f"{started.api_url}/v1/conversations", json={"title": "kept"}, headers=headers).json()
-        found = instance.read(tmp_path)
-        assert found is not None
-        family = psutil.Process(started.pid).children(recursive=True)
-        assert len(family) >= 6
-        os.kill(started.pid, signum)
-        _, alive = psutil.wait_procs(family, timeout=60)
-        assert alive == []
-        assert marked(found.id) == set()
-    if signum == signal.SIGKILL:
-        with product(tmp_path, SCRIPTED) as again:
-            kept = httpx.get(f"{again.api_url}/v1/conversations/{made['id']}", headers=headers)
-            assert kept.json()["title"] == "kept"
+        _end_of(started, signal.SIGKILL)
+    with product(tmp_path, SCRIPTED) as again:
+        kept = httpx.get(f"{again.api_url}/v1/conversations/{made['id']}", headers=headers)
+        assert kept.json()["title"] == "kept"
+        _end_of(again, signal.SIGINT)
+
+
+def _end_of(started: Product, signum: signal.Signals) -> None:
+    """End `up` and see that no process of it is left."""
+    found = instance.read(started.home)
+    assert found is not None
+    family = psutil.Process(started.pid).children(recursive=True)
+    assert len(family) >= 6
+    os.kill(started.pid, signum)
+    _, alive = psutil.wait_procs(family, timeout=60)
+    assert alive == []
+    assert marked(found.id) == set()
 
 
 def test_doctor_says_what_is_wrong_and_what_to_do() -> None:

@@ -56,8 +56,8 @@ MUTANTS: Final = (
         (
             Edit(
                 "agents/run_scripts.py",
-                "if run[1] ~= ARGV[1] or run[2] ~= ARGV[2] or run[3] ~= 'running' then return 'lost' end\nlocal stored",
-                "local stored",
+                "  if run[1] ~= ARGV[1] or run[2] ~= ARGV[at] or run[3] ~= 'running' then return 'lost' end\n",
+                "",
             ),
             Edit(
                 "agents/run_scripts.py",

@@ -135,7 +135,9 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     ),
     "a paused owner comes back": Scenario(paused_owner_comes_back, QUICK | {"scripted_itl_ms": "40"}),
     "a message is sent again": Scenario(message_is_sent_again),
-    "the engine is full": Scenario(engine_is_full, QUICK | {"engine_max_ongoing": "1", "engine_max_queued": "0"}),
+    "the engine is full": Scenario(
+        engine_is_full, QUICK | {"engine_max_ongoing": "1", "engine_max_queued": "0", "queue_per_place": "0"}
+    ),
     "the engine dies": Scenario(engine_dies),
     "a message is sent twice while the store is mute": Scenario(message_is_sent_twice_while_the_store_is_mute),
 }

@@ -1,5 +1,6 @@
 """`wire`: the engine under test, once for each engine and each way to serve it."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,11 +12,15 @@ import pytest
 
 from onebox.settings import Settings
 from onebox.sockets import free_port
+from serving.models import resolve
+from tests.collector import Collector, run_collector
 from tests.processes import ROOT, FleetSpec, run_fleet, wait_until_ready
+from tests.serving.lora import make_adapter
 from tests.serving.wire import Wire
 
 MAX_ONGOING, MAX_QUEUED = 4, 2
 TOKEN = "contract"
+ADAPTERS = ("pirate", "poet")
 
 SERVED = [
     "scripted-direct",
@@ -55,7 +60,7 @@ def start_directly(test_home: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="session", params=SERVED)
 def wire(request: pytest.FixtureRequest, test_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wire]:
-    """The engine under test."""
+    """The engine under test; the one that is served directly has adapters."""
     engine, served = request.param.split("-")
     values = {
         "home": str(test_home),
@@ -64,16 +69,44 @@ def wire(request: pytest.FixtureRequest, test_home: Path, tmp_path_factory: pyte
         "engine_max_queued": str(MAX_QUEUED),
         "engine_coalesce_ms": "5",
     }
+    model: Path | None = None
     if engine == "vllm":
         settings: Settings = request.getfixturevalue("smollm2_settings")
         values |= {"model": settings.model, "model_context": "2048"}
+        model = Path(resolve(settings).path)
     if served == "direct":
-        with request.getfixturevalue("start_directly")(values) as direct:
+        folder = tmp_path_factory.mktemp("adapters")
+        made = {name: str(make_adapter(folder / name, model, seed=n)) for n, name in enumerate(ADAPTERS)}
+        with request.getfixturevalue("start_directly")(values | {"adapters": json.dumps(made)}) as direct:
             yield direct
         return
-    log = tmp_path_factory.mktemp("fleet") / "fleet.log"
-    with run_fleet(FleetSpec(values | {"engine_ingress": served}), log) as fleet:
+    values |= {"engine_ingress": served, "ray_metrics": "true"}
+    with run_fleet(FleetSpec(values), tmp_path_factory.mktemp("fleet") / "fleet.log") as fleet:
         yield _wire(fleet.url, fleet.token)
+
+
+@pytest.fixture(scope="session")
+def collector() -> Iterator[Collector]:
+    """Where `plain_wire` sends its traces."""
+    with run_collector() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def plain_wire(
+    smollm2_settings: Settings, start_directly: "Callable[..., object]", collector: Collector
+) -> Iterator[Wire]:
+    """vLLM with the tests' small model as it comes: no drafts, no adapters. It traces."""
+    values = {
+        "home": str(smollm2_settings.home),
+        "engine": "vllm",
+        "model": smollm2_settings.model,
+        "model_context": "2048",
+        "speculation": "off",
+        "otel_endpoint": collector.url,
+    }
+    with start_directly(values) as direct:  # type: ignore[attr-defined]  # a context manager of Wire
+        yield direct
 
 
 def _wire(url: str, token: str) -> Wire:

@@ -4,6 +4,7 @@ Settings come from the environment as everywhere. A fault of the scripted engine
 """
 
 import asyncio
+import signal
 import sys
 
 import uvicorn
@@ -21,6 +22,8 @@ async def main() -> None:
     engine = await make_engine(settings)
     port = int(sys.argv[1])
     app = ReplicaApp(engine, settings, f"http://127.0.0.1:{port}")
+    # Uvicorn raises the signal again when it has ended, and the engine's processes are still to be ended then.
+    signal.signal(signal.SIGTERM, lambda *_: None)
     config = uvicorn.Config(app, port=port, log_level="warning", loop="uvloop")
     try:
         await uvicorn.Server(config).serve()

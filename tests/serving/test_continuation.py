@@ -22,7 +22,7 @@ TOKENS = 32
 async def test_reply_that_is_cut_again_and_again_is_the_undisturbed_one(wire: Wire, content: str) -> None:
     reasons: list[str] = []
     async with ingress_of(httpx.URL(wire.url).port or 80) as ingress:
-        settings = read_settings(engine_url=ingress.url, internal_token=wire.token)
+        settings = read_settings(engine_url=ingress.url, internal_token=wire.token, engine_doors=False)
         async with EngineClient(settings, reasons.append) as client:
             call = Generation("undisturbed", [Message("user", content)], Sampling(temperature=0.0), TOKENS)
             frames, end = await read(client, call)

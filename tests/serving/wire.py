@@ -61,12 +61,10 @@ class Wire:
             return await client.post("/v1/generate", json=request(content, **fields))
 
     async def running(self) -> int:
-        """The gauge `onebox_engine_running`."""
+        """Requests being answered or waiting, by the replica's gauges."""
         async with self.client() as client:
-            metrics = (await client.get("/metrics")).text
-        return int(
-            float(next(line.split()[1] for line in metrics.splitlines() if line.startswith("onebox_engine_running ")))
-        )
+            metrics = dict(line.rsplit(" ", 1) for line in (await client.get("/metrics")).text.splitlines())
+        return int(float(metrics["onebox_engine_running"]) + float(metrics["onebox_engine_waiting"]))
 
 
 def request(content: str, **fields: object) -> dict[str, object]:

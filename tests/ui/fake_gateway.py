@@ -23,6 +23,7 @@ from onebox.events import (
     Event,
     Failed,
     Progress,
+    Queued,
     Routed,
     Stopped,
     TextDelta,
@@ -80,12 +81,12 @@ class Run:
 
 class FakeGateway:
     """Knobs: `ready`, `itl_s`, `ttft_s`, `words`, `fail_at` (word number), `progress` (steps before the text),
-    `lost_answers` (so many starts are stored, and their answers lost)."""
+    `queued` (places before the run's turn), `lost_answers` (so many starts are stored, and their answers lost)."""
 
     def __init__(self, itl_s: float = 0.03, ttft_s: float = 0.05, words: int = 40) -> None:
         self.itl_s, self.ttft_s, self.words = itl_s, ttft_s, words
         self.ready, self.fail_at, self.progress, self.running = True, -1, 0, 0
-        self.lost_answers = 0
+        self.lost_answers = self.queued = 0
         self.runs: dict[str, Run] = {}
         self.keys: dict[str, str] = {}
         self.conversations: dict[str, dict[str, Any]] = {}
@@ -247,6 +248,10 @@ class FakeGateway:
         self.running -= 1
 
     async def end(self, run: Run) -> Event:
+        for position in range(self.queued, -1, -1) if self.queued else ():
+            run.add(Queued(position, 2.0 * position))
+            if not await run.pause(0.2 if position else 0.0):
+                return Stopped(0)
         for done in range(self.progress):
             run.add(Progress(done, self.progress, f"Part {done + 1}"))
             if not await run.pause(0.2):

@@ -200,3 +200,13 @@ async def _until_idle(fake: Fake) -> None:
     async with asyncio.timeout(10):
         while fake.gateway.running:
             await asyncio.sleep(0.01)
+
+
+async def test_place_in_the_queue_is_shown_until_the_turn_has_come(chat: Chat, fake: Fake) -> None:
+    fake.gateway.queued = 2
+    updates = await _all(chat, Ask(None, "Hello"))
+    shown = [update.queued.position for update in updates if update.queued]
+    assert list(dict.fromkeys(shown)) == [2, 1]
+    assert not any(update.queued for update in updates if _reply(update))
+    assert updates[-1].queued is None
+    assert _reply(updates[-1])

@@ -22,7 +22,7 @@ TEXTS_JS = """() => {
     const found = [...document.querySelectorAll('#ob-chat .bot-row .prose')].pop();
     if (found) window.seen.add(found.textContent.length);
   };
-  new MutationObserver(look).observe(document.body, {childList: true, subtree: true, characterData: true});
+  new MutationObserver(look).observe(document, {childList: true, subtree: true, characterData: true});
 }"""
 
 
@@ -161,8 +161,8 @@ async def test_reload_in_mid_reply_shows_it_grow_to_the_text_that_is_stored(open
     await expect(page.locator(TEXT).last).not_to_be_empty()
     await here(page)
     await page.fill("#ob-input textarea", "what I wanted to add")
+    await page.add_init_script(f"({TEXTS_JS})()")
     await page.reload()
-    await page.evaluate(TEXTS_JS)
     await expect(page.locator("#ob-stop")).to_be_visible()
     await expect(page.locator("#ob-input textarea")).to_have_value("what I wanted to add")
     await until_done(page)
@@ -453,3 +453,35 @@ async def test_page_loads_without_anything_behind_it_and_sends_once_it_is_there(
         with suppress(psutil.NoSuchProcess):
             memory = psutil.Process(late.processes["ui"].pid).memory_info().rss
         assert memory < 300 * 2**20
+
+
+async def test_message_that_waits_for_an_engine_shows_its_place_in_the_queue(open_page: Open, tmp_path: Path) -> None:
+    small = {"engine_max_ongoing": "1", "scripted_itl_ms": "20", "max_tokens_default": "400"}
+    with run_stack(tmp_path, **small) as stack:
+        api = httpx.Client(base_url=stack.api_url, headers=stack.headers)
+
+        def start() -> str:
+            body = {"model": "chat", "input": "Tell a long story", "max_output_tokens": 400, "background": True}
+            return str(api.post("/v1/responses", json=body).json()["id"])
+
+        runs = [start() for _ in range(3)]
+        wait_until(lambda: stack.engine_running() == 1, "the engine is busy")
+        english, chinese = await open_page(url=stack.ui_url), await open_page(url=stack.ui_url, locale="zh-CN")
+        await say(english, "Hello there")
+        waiting = english.locator("#ob-chat .ob-wait")
+        await expect(waiting).to_contain_text("Waiting: place 3")
+        await say(chinese, "你好")
+        await expect(chinese.locator("#ob-chat .ob-wait")).to_contain_text("排队中：第 4 位")
+        api.post(f"/v1/responses/{runs[1]}/cancel")
+        await expect(waiting).to_contain_text("Waiting: place 2")
+        api.post(f"/v1/responses/{runs[0]}/cancel")
+        await expect(waiting).to_contain_text(re.compile(r"Waiting: place 1, about \d+ s"))
+        api.post(f"/v1/responses/{runs[2]}/cancel")
+        await expect(english.locator(TEXT).last).not_to_be_empty()
+        await expect(waiting).to_have_count(0)
+        await english.click("#ob-stop")
+        await until_done(english)
+        await expect(chinese.locator(TEXT).last).not_to_be_empty()
+        await chinese.click("#ob-stop")
+        await until_done(chinese)
+        api.close()

@@ -1,8 +1,9 @@
 import pytest
 
-from onebox.events import Routed, Stopped
+from onebox.events import Queued, Routed, Stopped
 from onebox.records import Conversation, ConversationSummary, Problem, TaskInfo, Turn, Variant
 from ui import render
+from ui.reply import Update
 from ui.strings import EN, ZH, Strings
 
 EVIL = '<img src=x onerror="alert(1)">'
@@ -88,3 +89,19 @@ def test_reply_that_is_being_written_is_shown_as_such_and_found_by_the_script() 
     assert EN.thinking in markup
     assert 'data-state="running"' in render.beacon(running, EN)
     assert 'data-state="idle"' in render.beacon(running, EN, over=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "queued", "shown"),
+    [
+        (EN, Queued(3, 7.6), "Waiting: place 3, about 8 s"),
+        (EN, Queued(3), "Waiting: place 3"),
+        (EN, Queued(1, 0.1), "Waiting: place 1, about 1 s"),
+        (ZH, Queued(3, 7.6), "排队中：第 3 位，约 8 秒"),
+        (ZH, Queued(3), "排队中：第 3 位"),
+    ],
+)
+def test_reply_that_waits_for_an_engine_says_where_it_stands(words: Strings, queued: Queued, shown: str) -> None:
+    conversation = Conversation("c", turns=(Turn("t", "q", variants=(Variant("r", "", state="running"),)),))
+    live = Update(conversation, running=True, queued=queued)
+    assert f"<span>{shown}</span>" in _markup(render.messages(conversation, TASKS, words, {}, live))

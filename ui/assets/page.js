@@ -181,6 +181,8 @@
 
   // A restart of the page's process: wait for it, then load anew. The address and the tab keep what is not stored.
   let away = false;
+  let left = -Infinity; // when the reader left the page: what breaks then is no restart, and is not loaded over
+  addEventListener("beforeunload", () => { left = performance.now(); });
   const leave = () => {
     if (away) return;
     away = true;
@@ -192,7 +194,7 @@
     $("#ob-composer")?.prepend(note);
     const look = async () => {
       try {
-        if ((await fetch("healthz", { cache: "no-store" })).ok) { location.reload(); return; }
+        if (performance.now() - left > 5000 && (await fetch("healthz", { cache: "no-store" })).ok) { location.reload(); return; }
       } catch { /* still away */ }
       setTimeout(look, 400);
     };
