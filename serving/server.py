@@ -241,6 +241,7 @@ class ReplicaApp:
     async def _stream(self, request: GenerateRequest, send: Send, reply: Reply) -> None:
         """Sends the reply. The status line waits for the engine's first output."""
         started = time.monotonic()
+        last: Batch | None = None
         async with aclosing(self._engine.generate(request)) as batches:
             first, asked_at = True, started
             async for batch in batches:
@@ -248,16 +249,19 @@ class ReplicaApp:
                 if first:
                     self._meters.first_frame.observe(now - started)
                     await send(_head())
-                ended = isinstance(batch[-1], End)
-                await send({"type": "http.response.body", "body": _encode(batch), "more_body": not ended})
                 reply.tokens += self._count(batch)
-                if ended:
-                    return
+                if isinstance(batch[-1], End):
+                    last = batch
+                    break
+                await send({"type": "http.response.body", "body": _encode(batch), "more_body": True})
                 tick_s = self._work.tick_s()
                 if first or now - asked_at < tick_s:  # an engine slower than that needs no pause
                     await asyncio.sleep(tick_s - time.monotonic() % tick_s if tick_s else 0)
                 first, asked_at = False, time.monotonic()
-        raise Internal("The engine ended a reply without saying so.")
+        if last is None:
+            raise Internal("The engine ended a reply without saying so.")
+        self._work.give_back(reply)
+        await send({"type": "http.response.body", "body": _encode(last), "more_body": False})
 
     def _count(self, batch: Batch) -> int:
         """The batch's tokens."""

@@ -32,6 +32,7 @@ class Reply:
     stream: asyncio.Task[None] | None = None
     prompt_tokens: int = 0  # an estimate
     tokens: int = 0
+    has_place: bool = True
     stopped: bool = False
     freed: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -51,6 +52,7 @@ class Work:
         self._max_ongoing = settings.engine_max_ongoing
         self._capacity = settings.engine_max_ongoing + settings.engine_max_queued
         self._replies: set[Reply] = set()
+        self._taken = 0  # replies that have a place
         self._idle = asyncio.Event()
         self._idle.set()
         self._placed: OrderedDict[str, float] = OrderedDict()  # affinity keys and when each came here first
@@ -68,21 +70,28 @@ class Work:
             Overloaded: there is no place for it.
         """
         most = self._max_ongoing if if_free else self._capacity
-        if len(self._replies) >= most:
+        if self._taken >= most:
             raise Overloaded(
                 f"All {most} places of this engine are taken. Try again shortly.", retry_after_s=RETRY_AFTER_S
             )
         self.begun += 1
         reply = Reply()
         self._replies.add(reply)
+        self._taken += 1
         self._idle.clear()
         try:
             yield reply
         finally:
+            self.give_back(reply)
             self._replies.remove(reply)
             if not self._replies:
                 self._idle.set()
             reply.freed.set()
+
+    def give_back(self, reply: Reply) -> None:
+        """Take the reply's place for another, before a gateway can see the end and send the next one."""
+        self._taken -= reply.has_place
+        reply.has_place = False
 
     def of(self, request_id: str) -> list[Reply]:
         """The replies to a request."""
@@ -113,7 +122,7 @@ class Work:
 
     def load(self, door: str, kv_use: float, *, draining: bool) -> Load:
         """How much it is."""
-        replies, fresh = len(self._replies), time.monotonic() - PLACED_FRESH_S
+        replies, fresh = self._taken, time.monotonic() - PLACED_FRESH_S
         return Load(
             door=door,
             running=min(replies, self._max_ongoing),
