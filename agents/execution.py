@@ -16,16 +16,17 @@ from typing import Final
 from agents.context import RunContext
 from agents.conversations import Fault, Variant
 from agents.executor import Executor
-from agents.instruction import split_instruction
 from agents.journal import Diverged, Entry, Journal
 from agents.llm import Meter
 from agents.params import fit_params
 from agents.replay import Replay
 from agents.run_log import RunLog
 from agents.run_store import Ending, RunRequest
+from agents.steps import replanned, request_of
+from agents.store_keys import RunKeys
 from agents.tracing import Span
 from onebox import logs
-from onebox.errors import Internal, OneboxError, PluginFailed, Timeout
+from onebox.errors import Internal, OneboxError, PluginFailed, StoreUnavailable, Timeout
 from onebox.events import (
     Check,
     Citation,
@@ -35,7 +36,9 @@ from onebox.events import (
     Output,
     Progress,
     Queued,
+    Replanned,
     Routed,
+    Step,
     StepDone,
     StepStarted,
     Stopped,
@@ -43,6 +46,7 @@ from onebox.events import (
     Usage,
 )
 from onebox.messages import Message, user
+from onebox.plans import replan, steps_of
 from onebox.plugin import Sampling, Task
 
 RAW: Final = "raw"
@@ -78,6 +82,7 @@ class _Seen:
 
     pieces: list[str] = field(default_factory=list)
     routed: Routed | None = None
+    changed: Routed | None = None  # the same with the plan that a user has changed
     began: bool = False
 
 
@@ -266,6 +271,8 @@ class Execution:
             seen.pieces.append(event.text)
         elif isinstance(event, Routed):
             seen.routed = event
+        elif isinstance(event, Replanned) and seen.routed is not None:
+            seen.changed = replan(seen.changed or seen.routed, event)
         elif isinstance(event, Output):
             seen.began = True
 
@@ -279,7 +286,7 @@ class Execution:
         text = "".join(self._seen.pieces)
         variant: Variant | None = None
         if self._request.conversation_id is not None:
-            routed = self._seen.routed
+            routed = self._seen.changed or self._seen.routed
             fault = Fault(ended.code, ended.message) if isinstance(ended, Failed) else None
             task = routed.task if routed else None
             receipt = ended if isinstance(ended, Stopped) else None
@@ -313,11 +320,12 @@ class Execution:
         routed = self._seen.routed or request.routed
         if routed is None:
             routed = await executor.decide(request, self._messages, self._meter, self.name, self._claim)
-        plan = [executor.plugins[name] for name in routed.plan or (routed.task,)]
-        options = fit_params(plan, request.params)
+        steps = steps_of(routed)
         messages = _without_command(self._messages, routed) if request.task is None else self._messages
-        asked = messages[-1].text
-        for index, (plugin, params) in enumerate(zip(plan, options, strict=True)):
+        asked, previous, index = messages[-1].text, "", 0
+        while index < len(steps):
+            plan = [executor.plugins[step.task] for step in steps]
+            plugin, params = plan[index], fit_params(plan, request.params)[index]
             last = index == len(plan) - 1
             self._step = plugin.name
             self._claim.name_step(plugin.name)
@@ -339,6 +347,8 @@ class Execution:
                 self._deadline,
                 logger,
             )
+            if len(plan) > 1:
+                messages = (*messages[:-1], user(request_of(steps, index, asked, previous)))
             task = Task(messages, params, request.sampling if last else Sampling(seed=request.sampling.seed))
             with self._measured(plugin.name):
                 async with aclosing(plugin.run(task, context)) as events:
@@ -352,10 +362,30 @@ class Execution:
                                 f"Plugin {plugin.name!r} sent {event.kind!r}, which is not a plugin's to send."
                             )
             yield StepDone(index, plugin.name, self._meter.finish)
-            if not last:
-                text = "".join(pieces)
-                yield Progress(index + 1, len(plan), text[:PROGRESS_TEXT_MAX])
-                messages = (*messages[:-1], user(f"{_instruction(asked)}\n\n{text}"))
+            index += 1
+            if last:
+                return
+            previous = "".join(pieces)
+            yield Progress(index, len(plan), previous[:PROGRESS_TEXT_MAX])
+            if (changed := await self._changed(steps, index)) is not None:
+                steps = changed
+                yield Replanned(index, tuple(step.task for step in steps))
+        yield TextDelta(previous)  # the steps that were to follow have been taken away
+
+    async def _changed(self, steps: Sequence[Step], begun: int) -> tuple[Step, ...] | None:
+        """The steps as a user has changed them meanwhile; None where nobody has."""
+        call = self._journal.open("plan", begun)
+        if (entry := await self._journal.answer(call)) is not None:
+            plan = entry.value
+        else:
+            run = RunKeys(self._request.tenant, self._request.run_id).run
+            try:
+                raw = await self._executor.store.hash_get(run, "plan")
+            except StoreUnavailable:  # the run goes on as it was
+                raw = None
+            plan = raw.decode() if raw is not None else None
+            self._journal.note(call, "value", plan)
+        return replanned(steps, begun, plan.split(",")) if plan else None
 
     def _defect(self) -> OneboxError:
         if self._step in self._executor.plugins:
@@ -375,8 +405,3 @@ def _without_command(messages: tuple[Message, ...], routed: Routed) -> tuple[Mes
     if routed.tier == "explicit" and word == f"/{routed.task}" and rest.strip():
         return (*messages[:-1], user(rest.strip()))
     return messages
-
-
-def _instruction(text: str) -> str:
-    """What a message asks for, in its own words: the next step of a chain needs it beside the text so far."""
-    return " ".join(text[segment.start : segment.end] for segment in split_instruction(text).segments).strip()

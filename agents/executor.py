@@ -43,10 +43,10 @@ class Executor:
         llm: EngineLLM | None = None
         began = time.perf_counter()
         with self.tracer.span("route") as span:
-            if self.settings.router_engine and request.task is None:
+            if self.settings.router_engine and request.task is None and not request.plan:
                 llm = self.llm(request, meter, Journal(_unnoted), f"{name}-route", claim)
                 await llm.bind(self.engines.spec.order(ROUTER))
-            routed = await self.router.route(messages, explicit=request.task, llm=llm)
+            routed = await self.router.route(messages, explicit=request.task, plan=request.plan, llm=llm)
             span.note(onebox__tier=routed.tier, onebox__task=routed.task)
         self.metrics.count_route(routed.tier, routed.task, time.perf_counter() - began)
         return routed

@@ -1,18 +1,25 @@
 """Plans: messages that ask for two or three things in a row, by rule.
 
-A clause becomes a step only when it names a task's own verb after a word of sequence, so that "translate and keep
-the tone" stays one step. An output language alone ("summarise in French") is never a step.
+A clause becomes a step when it names a task's own verb after a word of sequence, so that "translate and keep the tone"
+stays one step. An output language alone ("summarise in German") is never a step. Steps come in the order in which they
+are to be executed, which is not always that of the words: "before you translate it, shorten it".
 """
 
 import re
 import tomllib
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
 from agents.instruction import Instruction
+from agents.steps import STEPS_MAX
+from onebox.events import Step
 
-STEPS_MAX: Final = 3
+FIRST_VERB_WITHIN: Final = 60
+VERB_WITHIN: Final = 14
+FLAGS: Final = re.IGNORECASE
 
 
 def _read(path: Path) -> dict[str, str]:
@@ -21,41 +28,148 @@ def _read(path: Path) -> dict[str, str]:
 
 
 _PATTERNS: Final = _read(Path(__file__).parent / "data" / "steps.toml")
-_JOINT: Final = re.compile(rf"\s*(?:[,;.，。；、]\s*)?(?:{_PATTERNS['sequence']})\s*|[,;，；。.\n]\s*", re.IGNORECASE)
-_STEPS: Final = {
-    task: re.compile(_PATTERNS[task], re.IGNORECASE) for task in ("translate", "summarize", "write", "reason", "qa")
+_THEN: Final = re.compile(_PATTERNS["then"], FLAGS)
+_JOINT: Final = re.compile(
+    rf"(?:[,;.，。；、!！]\s*)?(?:{_PATTERNS['then']}|{_PATTERNS['also']})\s*|[,;，；。.!！]\s*|\n\s*",
+    FLAGS,
+)
+_TASKS: Final = {
+    name: re.compile(_PATTERNS[name], FLAGS) for name in ("translate", "summarize", "write", "reason", "qa")
 }
-_NOUN_USE: Final = re.compile(_PATTERNS["noun_use"], re.IGNORECASE)
-_BACKWARD: Final = re.compile(r"\b(?:after|once) (?:you(?:'ve| have)? )?(?:translat|summari[sz])\w*\b[^,]*,")
+_NO_STEP: Final = re.compile(_PATTERNS["no_step"], FLAGS)
+_LATER: Final = re.compile(_PATTERNS["later"], FLAGS)
+_FIRST: Final = re.compile(_PATTERNS["first"], FLAGS)
+# What may follow without a word of sequence: "translate this and tell me how many apples are left".
+_LOOSE: Final = frozenset(
+    {
+        ("summarize", "translate"), ("summarize", "write"), ("summarize", "qa"), ("summarize", "reason"),
+        ("translate", "summarize"), ("translate", "write"), ("translate", "qa"), ("translate", "reason"),
+        ("write", "translate"),
+    }
+)  # fmt: skip
 
 
-def find_plan(instruction: Instruction, task: str, tasks: Sequence[str]) -> tuple[str, ...]:
-    """The steps the message asks for, in order of execution; one step, `task`, where it asks for one thing."""
-    text = " \n".join(segment.text for segment in instruction.segments)
-    if task == "chat" or _BACKWARD.search(text):
-        return (task,)
-    steps: list[str] = []
-    for clause in _JOINT.split(text):
-        step = _step(clause, first=not steps)
-        if step is not None and step in tasks and (not steps or steps[-1] != step):
-            steps.append(step)
-    if not 2 <= len(steps) <= STEPS_MAX:
-        return (task,)
-    if steps[0] == "write" and set(steps) != {"write", "translate"}:
-        # "Write a letter and explain why" is one letter; a text that was written can still be put into a language.
-        return (task,)
-    if steps[0] in {"qa", "reason"} and steps[1:] != ["translate"]:
-        return (task,)
+@dataclass(frozen=True, slots=True)
+class _Clause:
+    """A part of the message with a task's verb. `then`: a word of sequence is before it."""
+
+    task: str
+    start: int
+    end: int
+    then: bool
+    first: bool
+    later: bool
+
+
+def find_steps(instruction: Instruction, message: str, task: str, tasks: Sequence[str]) -> tuple[Step, ...]:
+    """The steps that `message` asks for; none where it asks for one thing, which is `task`."""
+    if task == "chat":
+        return ()
+    clauses = _in_order(_joined(_clauses(instruction, tasks)))
+    if not 2 <= len(clauses) <= STEPS_MAX or not _plausible(clauses):
+        return ()
+    return _as_steps(clauses, message)
+
+
+def describe(instruction: Instruction, message: str, plan: Sequence[str]) -> tuple[Step, ...]:
+    """The steps of a given plan, with the words of `message` that ask for each where there are such."""
+    if len(plan) < 2:
+        return ()
+    known = _joined(_clauses(instruction, plan))
+    steps: list[Step] = []
+    for index, task in enumerate(plan):
+        clause = next((one for one in known if one.task == task), None)
+        if clause is None:
+            steps.append(Step(task, "previous" if index else "message"))
+            continue
+        known.remove(clause)
+        steps.append(_as_step(clause, message, index))
     return tuple(steps)
 
 
-def _step(clause: str, *, first: bool) -> str | None:
-    cleaned = _NOUN_USE.sub(" ", clause)
+def _clauses(instruction: Instruction, tasks: Sequence[str]) -> list[_Clause]:
+    """The clauses that name a task; one that names none belongs to the clause before it."""
+    found: list[_Clause] = []
+    for segment in instruction.segments:
+        joints = [
+            (0, 0),
+            *((m.start(), m.end()) for m in _JOINT.finditer(segment.text) if m.end()),
+            (len(segment.text),) * 2,
+        ]
+        for (joint, begin), (end, _) in pairwise(joints):
+            text = segment.text[begin:end]
+            word = segment.text[joint:begin]
+            task = _task(text, first=not found)
+            if task is not None and task in tasks:
+                then = _THEN.search(word) is not None or _FIRST.search(text) is not None
+                found.append(
+                    _Clause(
+                        task,
+                        segment.start + joint,
+                        segment.start + end,
+                        then,
+                        _FIRST.search(word + text) is not None,
+                        _LATER.search(word + text) is not None,
+                    )
+                )
+            elif found and text.strip() and found[-1].end == segment.start + joint:
+                last = found[-1]
+                found[-1] = _Clause(last.task, last.start, segment.start + end, last.then, last.first, last.later)
+    return found
+
+
+def _joined(clauses: Sequence[_Clause]) -> list[_Clause]:
+    """Neighbours of one task as one clause."""
+    joined: list[_Clause] = []
+    for clause in clauses:
+        if joined and joined[-1].task == clause.task:
+            last = joined[-1]
+            joined[-1] = _Clause(last.task, last.start, clause.end, last.then, last.first, last.later)
+        else:
+            joined.append(clause)
+    return joined
+
+
+def _in_order(clauses: Sequence[_Clause]) -> list[_Clause]:
+    """In the order of execution."""
+    ordered = list(clauses)
+    for index, clause in enumerate(clauses):
+        if clause.later and index + 1 < len(clauses):  # "before you translate it, shorten it"
+            ordered[index], ordered[index + 1] = ordered[index + 1], ordered[index]
+        elif clause.first and index and not clauses[index - 1].first:  # "translate it, but shorten it first"
+            ordered.remove(clause)
+            ordered.insert(0, clause)
+    return ordered
+
+
+def _plausible(clauses: Sequence[_Clause]) -> bool:
+    for before, after in pairwise(clauses):
+        loose = (before.task, after.task) in _LOOSE
+        told = after.then or before.first or before.later or after.first
+        if not (loose or told):
+            return False
+        if before.task == "write" and after.task in {"qa", "reason"}:
+            # "Write a letter and then explain why": most of these are one letter.
+            return False
+    return True
+
+
+def _as_steps(clauses: Sequence[_Clause], message: str) -> tuple[Step, ...]:
+    return tuple(_as_step(clause, message, index) for index, clause in enumerate(clauses))
+
+
+def _as_step(clause: _Clause, message: str, index: int) -> Step:
+    words = message[clause.start : clause.end].strip(" \n\t,;.，。；、")
+    return Step(clause.task, "previous" if index else "message", words, clause.start, clause.end)
+
+
+def _task(clause: str, *, first: bool) -> str | None:
+    cleaned = _NO_STEP.sub(lambda match: " " * len(match.group()), clause)
     found = [
-        (match.start(), task) for task, pattern in _STEPS.items() if (match := pattern.search(cleaned)) is not None
+        (match.start(), task) for task, pattern in _TASKS.items() if (match := pattern.search(cleaned)) is not None
     ]
     if not found:
         return None
     start, task = min(found, key=lambda pair: pair[0])
     # A verb deep inside a clause is somebody else's: "the man who asked me to translate".
-    return task if start <= (60 if first else 14) else None
+    return task if start <= (FIRST_VERB_WITHIN if first else VERB_WITHIN) else None

@@ -18,6 +18,7 @@ from onebox.events import (
     Event,
     Failed,
     Output,
+    Replanned,
     Routed,
     StepDone,
     StepStarted,
@@ -27,6 +28,7 @@ from onebox.events import (
     Usage,
     encode,
 )
+from onebox.plans import replan
 
 Status = Literal["in_progress", "completed", "incomplete", "failed", "cancelled"]
 OutputStage = Literal["item_added", "part_added", "text_done", "part_done", "item_done"]
@@ -145,6 +147,8 @@ class ResponseEncoder:
             self._accepted = event
         elif isinstance(event, Routed):
             self._routed = event
+        elif isinstance(event, Replanned) and self._routed is not None:
+            self._routed = replan(self._routed, event)
         elif isinstance(event, StepStarted):
             self._open_steps += 1
         elif isinstance(event, StepDone):

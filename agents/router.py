@@ -18,7 +18,8 @@ from pydantic import PrivateAttr
 from typing_extensions import override
 
 from agents.encoder import Encoder, Together
-from agents.plan import find_plan
+from agents.instruction import split_instruction
+from agents.plan import describe, find_steps
 from agents.plugin_match import PluginMatch
 from agents.router_features import TASKS
 from agents.router_head import Head, Judgement
@@ -95,15 +96,26 @@ class Router(BaseDecisionModel):
         await asyncio.to_thread(self._judge_alone, (Message("user", "hello"),))
 
     async def route(
-        self, messages: Sequence[Message], *, explicit: str | None = None, llm: LLM | None = None
+        self,
+        messages: Sequence[Message],
+        *,
+        explicit: str | None = None,
+        plan: Sequence[str] = (),
+        llm: LLM | None = None,
     ) -> Routed:
         """The decision for the last user message of `messages`.
 
-        `explicit` is a choice already made; so is a message that begins with `/task`. `llm` is asked when the
-        head is unsure and the settings allow it; an engine that fails is passed over. `task` is the first step.
+        `explicit` is a choice already made, and so is a `plan`, or a message that begins with `/task`. `llm` is asked
+        when the head is unsure and the settings allow it; an engine that fails is passed over. `task` is the first
+        step's.
         """
         began = time.perf_counter()
         asked = [index for index, message in enumerate(messages) if message.role == "user"]
+        if plan:
+            shares = {task: float(task == plan[0]) for task in dict.fromkeys((*self._tasks, *plan))}
+            text = messages[asked[-1]].text if asked else ""
+            steps = describe(split_instruction(text), text, plan)
+            return Routed(plan[0], tuple(plan), shares, "explicit", _since(began), steps=steps)
         chosen = explicit if explicit is not None else self.command(messages[asked[-1]].text) if asked else None
         if chosen is not None:
             shares = {task: float(task == chosen) for task in dict.fromkeys((*self._tasks, chosen))}
@@ -124,10 +136,12 @@ class Router(BaseDecisionModel):
                 shares, tier = asked_engine, "engine"
         task = max(shares, key=lambda name: shares[name])
         text = heard[-1].text
-        plan = find_plan(judgement.instruction, task, self._tasks)
-        task = plan[0]
+        steps = find_steps(judgement.instruction, text, task, self._tasks)
+        planned = tuple(step.task for step in steps) or (task,)
+        task = planned[0]
         cues = self._head.cues(judgement, text, task) if task in TASKS else ()
-        return Routed(task, plan, shares, tier, _since(began), cues, ask=max(shares.values()) < self._threshold)
+        ask = max(shares.values()) < self._threshold
+        return Routed(task, planned, shares, tier, _since(began), cues, ask, steps)
 
     def command(self, text: str) -> str | None:
         """The task a message beginning with `/task` asks for."""

@@ -206,6 +206,14 @@ end
 return run[1]
 """
 
+# KEYS: run. ARGV: plan. Keeps the plan that a run is to go on with. Answers the run's state, or 'unknown'.
+REPLAN: Final = """
+local state = redis.call('HGET', KEYS[1], 'state')
+if not state or state == 'void' then return 'unknown' end
+if state == 'running' then redis.call('HSET', KEYS[1], 'plan', ARGV[1]) end
+return state
+"""
+
 # KEYS: run, events, journal, leases, idempotency; for a turn also conversation, turns, order, variants, lock.
 # ARGV: run id, owner, keep-out s. Takes back a BEGIN_RUN whose reply never came, before or after it happens.
 UNDO: Final = """#!lua flags=allow-oom

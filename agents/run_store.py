@@ -13,7 +13,7 @@ import orjson
 from pydantic import TypeAdapter
 
 from agents.conversations import Mode, Turn, Variant, assemble, dump_variant, title_of
-from agents.run_scripts import APPEND, BEGIN_RUN, END_RUN, FORGET, LOST, PAGE, RENEW, SEARCH, STOP, TAKE, UNDO
+from agents.run_scripts import APPEND, BEGIN_RUN, END_RUN, FORGET, LOST, PAGE, RENEW, REPLAN, SEARCH, STOP, TAKE, UNDO
 from agents.store import Argument, Call, Store
 from agents.store_keys import SEARCHER, TENANTS, ConversationKeys, RunKeys, idempotency_key
 from onebox.errors import Conflict, IdempotencyMismatch, NotFound, StoreUnavailable, UnknownConversation, UnknownRun
@@ -36,7 +36,8 @@ PAGE_BYTES: Final = 32_768
 class RunRequest:
     """What to run. `task` None lets the router decide; `raw` hands the messages to an engine as they are.
 
-    `model` is the model or adapter that a raw request names; None where there is only one.
+    `plan` has the tasks of a plan that the caller has chosen. `model` is the model or adapter that a raw request names;
+    None where there is only one.
 
     A turn of a conversation has only the new message here: its history is the conversation's. `extra` is kept with the
     run for whoever asked; `background` runs go on when nobody reads them. `traceparent` is the span of who asked.
@@ -53,6 +54,7 @@ class RunRequest:
     routed: Routed | None = None
     background: bool = False
     model: str | None = None
+    plan: tuple[str, ...] = ()
     idempotency_key: str | None = None
     extra: Mapping[str, object] = field(default_factory=dict)
     traceparent: str | None = None
@@ -278,6 +280,17 @@ class RunStore:
         """
         if await self._store.run(STOP, [RunKeys(tenant, run_id).run], [run_id, CHANNEL]) == b"unknown":
             raise unknown_run(run_id)
+
+    async def replan(self, tenant: str, run_id: str, plan: Sequence[str]) -> bool:
+        """Keep another plan for a run to go on with; False where it has ended.
+
+        Raises:
+            UnknownRun: there is none.
+        """
+        state = await self._store.run(REPLAN, [RunKeys(tenant, run_id).run], [",".join(plan)])
+        if state == b"unknown":
+            raise unknown_run(run_id)
+        return bool(state == b"running")
 
     async def forget(self, tenant: str, run_id: str) -> bool:
         """Remove a run that has ended; False where it still runs.

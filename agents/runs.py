@@ -9,7 +9,7 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -218,6 +218,14 @@ class Runs:
                 "The run does not end yet: a part of the server is stuck. It is stopped as soon as that is replaced.",
                 retry_after_s=1.0,
             ) from None
+
+    async def replan(self, tenant: str, run_id: str, plan: Sequence[str]) -> bool:
+        """Let a run, on whatever worker, go on with another plan after its present step; False where it has ended.
+
+        Raises:
+            UnknownRun: there is no such run.
+        """
+        return await self._store.replan(tenant, run_id, plan)
 
     async def delete(self, tenant: str, run_id: str) -> None:
         """Remove a run's log; one that runs is stopped first.

@@ -116,6 +116,7 @@ class Client:
         regenerate: bool = False,
         edit: str | None = None,
         previous: str | None = None,
+        plan: Sequence[str] = (),
         params: Mapping[str, JsonValue] | None = None,
         max_tokens: int | None = None,
         temperature: float | None = None,
@@ -124,12 +125,15 @@ class Client:
     ) -> StartedRun:
         """A reply that is written whether anybody reads it or not; `follow` it by its run id.
 
-        `previous` is the run that this one goes on from. A start whose answer is lost is sent again under the same
-        idempotency key, so there is never a second run; without a key of yours each call makes one.
+        `previous` is the run that this one goes on from; `plan` names the tasks of its steps. A start whose answer is
+        lost is sent again under the same idempotency key, so there is never a second run; without a key of yours each
+        call makes one.
         """
         onebox: dict[str, JsonValue] = {"regenerate": regenerate, "params": dict(params or {})}
         if edit is not None:
             onebox["edit"] = edit
+        if plan:
+            onebox["plan"] = list(plan)
         body: dict[str, JsonValue] = {
             "model": model,
             "input": [{"role": message.role, "content": message.text} for message in messages],
@@ -203,6 +207,14 @@ class Client:
                 "The API says that the run was cancelled and does not say how it ended. Its log has the cause."
             )
         return event
+
+    async def replan(self, run_id: str, plan: Sequence[str]) -> None:
+        """Let a run go on with another plan: task names in order, of which those that have begun stay first.
+
+        Raises:
+            Conflict: its last step has begun, or the plan changes one that has.
+        """
+        await self._call("PUT", f"{_run_path(run_id)}/plan", {"plan": list(plan)})
 
     async def complete(
         self,

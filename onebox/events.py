@@ -53,8 +53,26 @@ class Accepted:
 
 
 @dataclass(frozen=True, slots=True)
+class Step:
+    """One step of a plan: its task, the words of the message that ask for it, and what it works on.
+
+    `start` and `end` count characters of the message, -1 where no words of it ask for this step. The input is the
+    message without the words of the other steps, or the reply of the step before.
+    """
+
+    task: str
+    input: Literal["message", "previous"]
+    words: str = ""
+    start: int = -1
+    end: int = -1
+
+
+@dataclass(frozen=True, slots=True)
 class Routed:
-    """The router's decision. `probabilities` maps each task to a share of 1; `ms` is the time it took."""
+    """The router's decision. `probabilities` maps each task to a share of 1; `ms` is the time it took.
+
+    `steps` describes a plan of more than one task, in the order of execution.
+    """
 
     task: str
     plan: tuple[str, ...]
@@ -63,7 +81,17 @@ class Routed:
     ms: float
     cues: tuple[Cue, ...] = ()
     ask: bool = False
+    steps: tuple[Step, ...] = ()
     kind: Literal["routed"] = "routed"
+
+
+@dataclass(frozen=True, slots=True)
+class Replanned:
+    """A user has changed the plan while it was carried out; the steps before `index` were begun and stay."""
+
+    index: int
+    plan: tuple[str, ...]
+    kind: Literal["replanned"] = "replanned"
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +220,7 @@ Terminal = Completed | Failed | Stopped
 Event = (
     Accepted
     | Routed
+    | Replanned
     | Queued
     | StepStarted
     | Progress

@@ -24,6 +24,7 @@ from onebox.records import Conversation, ConversationSummary, Readiness, TaskInf
 from ui import render
 from ui.chat import Ask, Chat
 from ui.commands import Command, UnknownCommand, parse_command
+from ui.decision import task_title
 from ui.layout import Layout
 from ui.reply import Update
 from ui.strings import Strings, pick_language, strings
@@ -179,7 +180,7 @@ class Page(Layout):
         }
 
     def _menu(self, words: Strings) -> gr.HTML:
-        titles = [[task.name, render.task_title(task.name, self._tasks, words)] for task in self._tasks]
+        titles = [[task.name, task_title(task.name, self._tasks, words)] for task in self._tasks]
         return gr.HTML(options=[["auto", words.auto], *titles], label=words.task_menu)
 
     async def _open(self, wanted: str | None, words: Strings, shown: Mapping[str, int], box: Box) -> Outputs:
@@ -392,6 +393,9 @@ class Page(Layout):
                     words = strings(str(event.lang))
                     box = await self._box()
                     return {**self._frame(box, words), **await self._open(current, words, shown, box)}
+                case "plan":
+                    await self._client.replan(str(event.run), str(event.plan).split(","))
+                    return {self.notice: ""}
                 case "rename":
                     await self._client.rename_conversation(str(event.id), str(event.title).strip() or words.untitled)
                 case "delete":

@@ -9,8 +9,9 @@ from html import escape
 from typing import Literal, TypedDict
 
 from onebox.events import Check, Queued, Stopped
-from onebox.records import Conversation, ConversationSummary, Problem, Readiness, TaskInfo, Turn, Variant
-from ui.reply import PENDING, Update, running_variant
+from onebox.records import Conversation, ConversationSummary, Problem, Readiness, TaskInfo, Turn
+from ui.decision import attributes, chip, plan, task_title
+from ui.reply import Update, running_variant
 from ui.strings import Strings
 
 STARTERS = 4
@@ -40,17 +41,6 @@ class ChatMessage(TypedDict):
     content: list[TextPart | HtmlPart]
     metadata: None
     options: None
-
-
-def attributes(**values: str) -> str:
-    """Escaped `data-*` attributes."""
-    return " ".join(f'data-{name.replace("_", "-")}="{escape(value)}"' for name, value in values.items())
-
-
-def task_title(name: str, tasks: Sequence[TaskInfo], words: Strings) -> str:
-    """The task's name in the page's language."""
-    found = next((task.title for task in tasks if task.name == name), {})
-    return found.get(words.lang) or found.get("en") or name
 
 
 def shown_variant(turn: Turn, shown: Mapping[str, int]) -> int:
@@ -98,9 +88,11 @@ def _answer(
     variant, last = turn.variants[index], conversation is not None
     content: list[TextPart | HtmlPart] = []
     if variant.route is not None or variant.task or len(turn.variants) > 1:
-        content.append(_html(_chip(turn, index, tasks, words, conversation)))
+        content.append(_html(chip(turn, index, tasks, words, conversation)))
     elif variant.text and conversation is not None:
         content.append(_html(f"<span {attributes(c=conversation)}></span>"))
+    if variant.route is not None and len(variant.route.plan) > 1:
+        content.append(_html(plan(variant, tasks, words, live)))
     if variant.text:
         content.append(_text(variant.text))
     running = variant.state == "running" or (live is not None and live.running)
@@ -193,65 +185,6 @@ def _checks(checks: Sequence[Check], words: Strings) -> str:
         for check in checks
     )
     return f'<ul class="ob-checks">{rows}</ul>'
-
-
-def _chip(turn: Turn, index: int, tasks: Sequence[TaskInfo], words: Strings, conversation: str | None) -> str:
-    variant, last = turn.variants[index], conversation is not None
-    here = f" {attributes(c=conversation)}" if conversation else ""
-    name = _chip_name(variant, tasks, words)
-    parts: list[str] = []
-    unsure = bool(variant.route and variant.route.ask)
-    mark = f'<span class="ob-unsure" title="{escape(words.unsure)}">?</span>' if unsure else ""
-    if last and turn.id != PENDING and tasks and variant.state != "running":
-        rows = "".join(_other_task(variant, task, words) for task in tasks)
-        parts.append(
-            f'<details class="ob-chip"><summary title="{escape(words.chip_hint)}">{escape(name)}{mark}</summary>'
-            f'<div class="ob-menu"><p>{escape(words.chip_again)}</p>{rows}</div></details>'
-        )
-    elif name:
-        parts.append(f'<span class="ob-chip"><span class="ob-pill">{escape(name)}{mark}</span></span>')
-    total = len(turn.variants)
-    if total > 1:
-        parts.append(
-            '<span class="ob-variants">'
-            f"{_step(turn, index - 1, total, words.previous_variant, '‹')}"
-            f"<span>{escape(words.variant.format(number=index + 1, total=total))}</span>"
-            f"{_step(turn, index + 1, total, words.next_variant, '›')}</span>"
-        )
-    return f'<div class="ob-chips"{here}>{"".join(parts)}</div>'
-
-
-def _chip_name(variant: Variant, tasks: Sequence[TaskInfo], words: Strings) -> str:
-    route = variant.route
-    if route is None:
-        return task_title(variant.task, tasks, words) if variant.task else words.raw
-    name = " → ".join(task_title(step, tasks, words) for step in (route.plan or (route.task,)))
-    if route.tier == "explicit":
-        return f"{name} · {words.chip_chosen}"
-    # The probabilities are those of single tasks; a chain has none of its own.
-    share = route.probabilities.get(route.task) if len(route.plan) < 2 else None
-    return name if share is None else f"{name} · {_percent(share)}"
-
-
-def _percent(share: float) -> str:
-    """Never a full 100 %: a router is not that sure of anything."""
-    return "> 99 %" if share >= 0.995 else f"{100 * share:.0f} %"
-
-
-def _other_task(variant: Variant, task: TaskInfo, words: Strings) -> str:
-    title = task_title(task.name, (task,), words)
-    share = variant.route.probabilities.get(task.name) if variant.route else None
-    right = f"<span>{share:.0%}</span>" if share is not None else ""
-    current = ' aria-current="true"' if task.name == variant.task else ""
-    return f'<button type="button" {attributes(ob="route", task=task.name)}{current}>{escape(title)}{right}</button>'
-
-
-def _step(turn: Turn, to: int, total: int, label: str, sign: str) -> str:
-    off = "" if 0 <= to < total else " disabled"
-    return (
-        f'<button type="button" aria-label="{escape(label)}"{off} '
-        f"{attributes(ob='variant', turn=turn.id, to=str(to))}>{sign}</button>"
-    )
 
 
 def friendly(code: str, words: Strings) -> str:

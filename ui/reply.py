@@ -7,7 +7,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from onebox.errors import OneboxError, Unavailable, from_code
-from onebox.events import Accepted, Check, Completed, Event, Failed, Progress, Queued, Routed, Stopped, TextDelta, Usage
+from onebox.events import (
+    Accepted,
+    Check,
+    Completed,
+    Event,
+    Failed,
+    Progress,
+    Queued,
+    Replanned,
+    Routed,
+    StepStarted,
+    Stopped,
+    TextDelta,
+    Usage,
+)
+from onebox.plans import replan
 from onebox.records import Conversation, Problem, Turn, Variant
 
 PENDING = "pending"
@@ -16,7 +31,8 @@ PENDING = "pending"
 @dataclass(frozen=True, slots=True)
 class Update:
     """The page's new state. `conversation` None: leave what is shown. `waiting_s`: seconds spent on a model that
-    is loading. `queued`: where the run waits for an engine. `unsent`: the message belongs back in the box."""
+    is loading. `queued`: where the run waits for an engine. `unsent`: the message belongs back in the box. `step`: the
+    one of the plan that is at work, from 0."""
 
     conversation: Conversation | None
     running: bool
@@ -27,6 +43,7 @@ class Update:
     unsent: bool = False
     cut: bool = False
     queued: Queued | None = None
+    step: int = 0
 
 
 @dataclass(slots=True)
@@ -39,6 +56,7 @@ class Growing:
     checks: tuple[Check, ...] = ()
     cut: bool = False
     queued: Queued | None = None
+    step: int = 0
 
     def take(self, events: Sequence[Event]) -> None:
         """Grow by these events, the next ones of the run."""
@@ -51,6 +69,11 @@ class Growing:
                     self.variant = replace(self.variant, run_id=run_id)
                 case Routed():
                     self.variant = replace(self.variant, route=event, task=event.task)
+                case Replanned():
+                    if self.variant.route is not None:
+                        self.variant = replace(self.variant, route=replan(self.variant.route, event))
+                case StepStarted(index=index):
+                    self.step = index
                 case Queued(position=position):
                     self.queued = event if position else None
                 case Progress():
@@ -93,7 +116,9 @@ class Growing:
         variants = (*others, self.variant)
         shown = replace(turn, variants=variants, chosen=len(variants) - 1)
         conversation = replace(base, turns=(*base.turns, shown))
-        return Update(conversation, self.running, self.progress, self.checks, cut=self.cut, queued=self.queued)
+        return Update(
+            conversation, self.running, self.progress, self.checks, cut=self.cut, queued=self.queued, step=self.step
+        )
 
 
 def running_variant(conversation: Conversation) -> Variant | None:

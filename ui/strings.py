@@ -37,6 +37,9 @@ class Strings:
     raw: str
     chip_hint: str
     chip_again: str
+    plan: str
+    plan_remove: str
+    plan_up: str
     chip_chosen: str
     unsure: str
     variant: str
@@ -110,6 +113,9 @@ EN = Strings(
     raw="Model",
     chip_hint="Task of this reply. Open to answer it as another task.",
     chip_again="Answer as…",
+    plan="Steps of this reply",
+    plan_remove="Leave this step out",
+    plan_up="Do this step earlier",
     chip_chosen="your choice",
     unsure="The router was not sure",
     variant="{number} / {total}",
@@ -185,6 +191,9 @@ ZH = Strings(
     raw="模型",
     chip_hint="这条回复的任务。点开可换一种任务重新回答。",
     chip_again="换一种任务回答…",
+    plan="这条回复的步骤",
+    plan_remove="去掉这一步",
+    plan_up="提前这一步",
     chip_chosen="手动选择",
     unsure="路由不太确定",
     variant="{number} / {total}",

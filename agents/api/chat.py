@@ -13,13 +13,13 @@ from starlette.responses import Response
 
 from agents.api.idempotency import idempotency_of
 from agents.api.models import resolve_model
+from agents.api.plans import wanted_plan
 from agents.api.replies import JsonReply, StreamReply, error_of
 from agents.api.route import LeanRoute
 from agents.api.schemas import ChatRequest, read_messages, turn_of
 from agents.gateway import Gateway, gateway_of, principal_of
 from agents.keys import Principal
 from agents.llm import Meter
-from agents.params import check_params
 from agents.runs import Idempotency, RunRequest, Runs, Started, new_run_id
 from agents.wire import DONE, ChunkEncoder, error_line, onebox_object, token_logprob, usage_object
 from onebox.errors import OneboxError
@@ -60,8 +60,7 @@ async def complete(
     """Answer the last message, streamed or whole."""
     sampling = body.sampling(gateway.settings, (body.top_logprobs or 0) if body.logprobs else None)
     wanted = await resolve_model(gateway, body.model)
-    if wanted.task is not None:
-        check_params(gateway.executor.plugins[wanted.task], body.onebox.params)
+    plan = wanted_plan(gateway, wanted, body.onebox)
     messages: tuple[Message, ...] = ()
     if not body.onebox.regenerate:
         free = wanted.raw and body.onebox.conversation is None
@@ -73,6 +72,7 @@ async def complete(
         task=wanted.task,
         raw=wanted.raw,
         model=wanted.model,
+        plan=plan,
         params=body.onebox.params,
         sampling=sampling,
         conversation_id=body.onebox.conversation,

@@ -14,13 +14,13 @@ from starlette.responses import Response
 
 from agents.api.idempotency import idempotency_of
 from agents.api.models import resolve_model
+from agents.api.plans import change_plan, wanted_plan
 from agents.api.replies import JsonReply, StreamReply, error_of, json_response
 from agents.api.route import LeanRoute
-from agents.api.schemas import ResponseRequest, check_messages, turn_of
+from agents.api.schemas import PlanRequest, ResponseRequest, check_messages, turn_of
 from agents.execution import AUTO
 from agents.gateway import Gateway, gateway_of, principal_of
 from agents.keys import Principal
-from agents.params import check_params
 from agents.responses_wire import ResponseEncoder, ResponseFields, fields_of
 from agents.run_store import Idempotency, RunRecord, RunRequest, new_run_id, unknown_run
 from agents.runs import Started
@@ -47,8 +47,7 @@ async def create(
 ) -> Response:
     """Start a run, or join the one that the idempotency key has, and answer with its events, its end or itself."""
     wanted = await resolve_model(gateway, body.model)
-    if wanted.task is not None:
-        check_params(gateway.executor.plugins[wanted.task], body.onebox.params)
+    plan = wanted_plan(gateway, wanted, body.onebox)
     sampling = body.sampling(gateway.settings)
     messages, fields = await _messages(gateway, caller, body, wanted.raw), _fields(body)
     request = RunRequest(
@@ -58,6 +57,7 @@ async def create(
         task=wanted.task,
         raw=wanted.raw,
         model=wanted.model,
+        plan=plan,
         params=body.onebox.params,
         sampling=sampling,
         conversation_id=body.conversation_id,
@@ -104,6 +104,14 @@ async def cancel(run_id: str, gateway: TheGateway, caller: Caller) -> Response:
     check_run_id(run_id)
     await gateway.runs.stop(caller.tenant, run_id)
     return json_response(await _object(gateway, caller.tenant, run_id))
+
+
+@router.put("/v1/responses/{run_id}/plan")
+async def replan(run_id: str, body: PlanRequest, gateway: TheGateway, caller: Caller) -> Response:
+    """Change the steps that have not begun."""
+    check_run_id(run_id)
+    plan = await change_plan(gateway, caller.tenant, run_id, body.plan)
+    return json_response({"id": run_id, "plan": plan})
 
 
 @router.delete("/v1/responses/{run_id}")

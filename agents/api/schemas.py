@@ -38,6 +38,7 @@ Identifier = Annotated[Text, Field(min_length=1, max_length=128)]
 Stop = Annotated[Text, Field(min_length=1, max_length=256)]
 
 
+Plan = Annotated[list[Identifier], Field(max_length=16)]
 Unsupported = Annotated[Any, AfterValidator(_neutral)]
 
 
@@ -106,6 +107,7 @@ class OneboxOptions(Body):
     regenerate: bool = False
     edit: Identifier | None = None
     params: dict[str, Any] = Field(default_factory=dict)
+    plan: Plan = []
     events: bool = False
     background: bool = False
 
@@ -190,6 +192,7 @@ class ResponseOptions(Body):
     regenerate: bool = False
     edit: Identifier | None = None
     params: dict[str, Any] = Field(default_factory=dict)
+    plan: Plan = []
 
 
 class ResponseRequest(BaseModel):
@@ -276,6 +279,12 @@ class RouteRequest(Body):
     @model_validator(mode="after")
     def _one_input(self) -> "RouteRequest":
         return _exactly_one(self)
+
+
+class PlanRequest(Body):
+    """`PUT /v1/responses/{id}/plan`: the tasks of the plan, in order."""
+
+    plan: Plan
 
 
 class ConversationRequest(Body):
