@@ -131,9 +131,10 @@ async def _grow_and_shrink(
             except RuntimeError:
                 cut += 1
 
+    before = await started()
     began = time.monotonic()
     many = [asyncio.create_task(flood(number)) for number in range(STREAMS + PLACES)]
-    decided = await _until(started, lambda count: count >= 2) - began
+    decided = await _until(started, lambda count: count > before) - began
     grown = await _until(serving, lambda count: count >= 2) - began
     full = await _until(serving, lambda count: count == MOST) - began
     flooding = False
