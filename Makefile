@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed-$(EXTRA)
 # A folder of wheels named by PIP_FIND_LINKS is honoured; otherwise uv picks the torch build for this machine.
 TORCH := $(if $(PIP_FIND_LINKS),--find-links $(PIP_FIND_LINKS),--torch-backend $(if $(filter cpu,$(EXTRA)),cpu,auto))
 
-.PHONY: help venv up down status top doctor test check bench faults docs clean
+.PHONY: help venv up down status top doctor test check bench faults router docs clean
 
 help: ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -55,6 +55,9 @@ bench: $(STAMP) ## measure against peers; writes docs/benchmarks.md
 faults: $(STAMP) ## crash points, planted mistakes and a long storm: make faults [ARGS="--seed 7 --faults 500"]
 	$(RUN) -m pytest -m faults
 	$(RUN) -m tests.faults $(ARGS)
+
+router: $(STAMP) ## train the router's head from agents/data: make router [ARGS=--check]
+	$(RUN) -m agents.train_router $(ARGS)
 
 docs: $(STAMP) ## write the generated pages
 	$(RUN) -m deploy settings > docs/settings.md

@@ -18,6 +18,7 @@ from onebox.events import Cue
 from onebox.messages import Message
 
 WEIGHTS: Final = Path(__file__).parent / "data" / "router.npz"
+QUALITY: Final = WEIGHTS.with_name("router_quality.json")
 CUES_SHOWN: Final = 3
 CUE_FLOOR: Final = 0.3
 # Chinese and Japanese are written without spaces: there each character counts for itself.

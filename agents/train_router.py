@@ -1,9 +1,10 @@
-"""Trains the router's head on `agents/data/*.jsonl` and writes `agents/data/router.npz`.
+"""Trains the router's head on the messages in `agents/data` and writes `agents/data/router.npz`.
 
     python -m agents.train_router            train and write
     python -m agents.train_router --check    cross-validate only, print accuracy and calibration
 
-The same data gives the same file. scikit-learn is needed here and nowhere at run time.
+How it does on the golden messages, which it does not learn from, goes into `agents/data/router_quality.json`. The same
+data gives the same files. scikit-learn is needed here and nowhere at run time.
 """
 
 import argparse
@@ -24,10 +25,13 @@ from sklearn.model_selection import StratifiedKFold  # type: ignore[import-untyp
 from agents.encoder import Encoder
 from agents.instruction import Instruction, split_instruction
 from agents.router_features import BUCKETS, TASKS, Features, embedded_text, extract, follow_up
-from agents.router_head import WEIGHTS, Head, softmax
+from agents.router_head import QUALITY, WEIGHTS, Head, softmax
 from onebox.messages import Message
 
 DATA: Final = Path(__file__).parent / "data"
+TRAINING: Final = ("zh.jsonl", "en.jsonl", "other.jsonl", "plans.jsonl")
+GOLDEN: Final = DATA / "golden.jsonl"
+SUREST: Final = 0.8
 REGULARIZATION: Final = 0.3
 FOLDS: Final = 4
 
@@ -60,15 +64,14 @@ def read_labelled(paths: Sequence[Path]) -> list[Labelled]:
         for line in path.read_text(encoding="utf-8").splitlines():
             record = json.loads(line)
             messages = tuple(Message(m["role"], m["content"]) for m in record["messages"])
-            found.append(
-                Labelled(record["id"], messages, record["task"], record["lang"], bool(record.get("hard", False)))
-            )
+            task = record["task"] if "task" in record else record["plan"][0]
+            found.append(Labelled(record["id"], messages, task, record["lang"], bool(record.get("hard", False))))
     return found
 
 
 def training_data() -> list[Labelled]:
-    """The labelled messages the shipped head is trained on."""
-    return read_labelled(sorted(DATA.glob("*.jsonl")))
+    """The labelled messages the shipped head is trained on; of a plan the first step is the label."""
+    return read_labelled([DATA / name for name in TRAINING])
 
 
 def prepare(items: Sequence[Labelled], encoder: Encoder) -> list[Prepared]:
@@ -132,6 +135,31 @@ def train(items: Sequence[Labelled], encoder: Encoder) -> tuple[Head, float]:
     return Head(head.grams, head.dense, head.bias, temperature(scores, labels)), accuracy
 
 
+def quality(head: Head, encoder: Encoder) -> dict[str, object]:
+    """How a head does on the golden messages: shares right of all, of the surest four fifths, by task and language."""
+    golden = prepare(read_labelled([GOLDEN]), encoder)
+    scores, labels = predict(head, golden) / head.temperature, _labels(golden)
+    shares = np.stack([softmax(row) for row in scores])
+    right = shares.argmax(1) == labels
+    surest = np.argsort(-shares.max(1), kind="stable")[: round(SUREST * len(golden))]
+    by_task = {task: right[labels == index] for index, task in enumerate(TASKS)}
+    by_language = {
+        lang: right[[item.item.lang == lang for item in golden]]
+        for lang in dict.fromkeys(item.item.lang for item in golden)
+    }
+    return {
+        "messages": len(golden),
+        "routed_right": _share(right),
+        "surest_right": _share(right[surest]),
+        "tasks": {task: _share(some) for task, some in by_task.items()},
+        "languages": {lang: _share(some) for lang, some in by_language.items()},
+    }
+
+
+def _share(right: NDArray[np.bool_]) -> float:
+    return round(float(right.mean()), 3)
+
+
 def _labels(items: Sequence[Prepared]) -> NDArray[np.int64]:
     return np.asarray([TASKS.index(item.item.task) for item in items], dtype=np.int64)
 
@@ -165,13 +193,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="cross-validate, write nothing")
     chosen = parser.parse_args(arguments)
     items = training_data()
-    head, accuracy = train(items, Encoder())
+    encoder = Encoder()
+    head, accuracy = train(items, encoder)
     sys.stdout.write(
         f"{len(items)} messages, cross-validated accuracy {accuracy:.3f}, temperature {head.temperature}\n"
     )
     if not chosen.check:
         head.save()
-        sys.stdout.write(f"wrote {WEIGHTS}\n")
+        QUALITY.write_text(json.dumps(quality(head, encoder), indent=1) + "\n", encoding="utf-8")
+        sys.stdout.write(f"wrote {WEIGHTS} and {QUALITY}\n")
     return 0
 
 
