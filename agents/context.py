@@ -7,13 +7,14 @@ contract is `onebox.plugin`; a scripted twin for tests is in `onebox.testing`.
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from random import Random
 
 from agents.encoder import Encoder
 from agents.journal import Journal
 from agents.llm import EngineLLM
 from agents.store import Store
+from onebox.capabilities import Capabilities
 
 
 class RunContext:
@@ -25,6 +26,7 @@ class RunContext:
         journal: Journal,
         encoder: Encoder,
         store: Store,
+        capabilities: Callable[[], Awaitable[Capabilities]],
         run_id: str,
         tenant: str,
         plugin: str,
@@ -35,6 +37,7 @@ class RunContext:
         self._journal = journal
         self._encoder = encoder
         self._store = store
+        self._capabilities = capabilities
         self._deadline = deadline
         self._values = f"onebox:{{{tenant}}}:plugin:{plugin}"
         self._random = Random(run_id)
@@ -65,6 +68,15 @@ class RunContext:
         """Seconds since 1970, the same in a replay."""
         now_s: float = self._journal.quick("now", time.time)
         return now_s
+
+    async def capabilities(self) -> Capabilities:
+        """What the box can do now."""
+        call = self._journal.open("capabilities")
+        if (entry := await self._journal.answer(call)) is not None:
+            return Capabilities.from_json(entry.value)
+        found = await self._capabilities()
+        self._journal.note(call, "value", found.to_json())
+        return found
 
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:
         """One 512-dimensional unit vector per text."""

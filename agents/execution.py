@@ -83,6 +83,7 @@ class _Seen:
     pieces: list[str] = field(default_factory=list)
     routed: Routed | None = None
     changed: Routed | None = None  # the same with the plan that a user has changed
+    first_s: float | None = None  # from the start to the first text
     began: bool = False
 
 
@@ -210,6 +211,8 @@ class Execution:
         """Say what the run was and what it cost."""
         spent, seconds = self._meter, time.monotonic() - self._started
         self._executor.metrics.count_run(self._task, ended.kind, spent.prompt_tokens, spent.completion_tokens, seconds)
+        if isinstance(ended, Completed) and self._seen.first_s is not None:
+            self._executor.pace.note(self._seen.first_s, spent.completion_tokens, seconds)
         span.note(onebox__task=self._task, onebox__state=ended.kind, onebox__epoch=self.log.epoch)
         span.note(gen_ai__usage__input_tokens=spent.prompt_tokens, gen_ai__usage__output_tokens=spent.completion_tokens)
         code = ended.code if isinstance(ended, Failed) else None
@@ -267,7 +270,8 @@ class Execution:
         seen = self._seen
         if isinstance(event, TextDelta):
             if not seen.pieces and not self._before.taken_over:
-                self._executor.metrics.count_first_token(self._task, time.monotonic() - self._started)
+                seen.first_s = time.monotonic() - self._started
+                self._executor.metrics.count_first_token(self._task, seen.first_s)
             seen.pieces.append(event.text)
         elif isinstance(event, Routed):
             seen.routed = event
@@ -341,6 +345,7 @@ class Execution:
                 self._journal,
                 executor.router.encoder,
                 executor.store,
+                executor.capabilities,
                 request.run_id,
                 request.tenant,
                 plugin.name,

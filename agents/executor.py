@@ -5,9 +5,10 @@ The work on one run is `agents.execution`.
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from agents.admission import Admission, Claim
+from agents.capabilities import Pace, capabilities
 from agents.engines import Engines
 from agents.journal import Entry, Journal
 from agents.llm import EngineLLM, Meter
@@ -16,6 +17,7 @@ from agents.router import Router
 from agents.run_store import RunRequest
 from agents.store import Store
 from agents.tracing import NO_TRACER, Tracer
+from onebox.capabilities import Capabilities
 from onebox.events import Routed
 from onebox.fleet_spec import ROUTER
 from onebox.messages import Message
@@ -35,6 +37,7 @@ class Executor:
     metrics: Metrics
     admission: Admission
     tracer: Tracer = NO_TRACER
+    pace: Pace = field(default_factory=Pace)
 
     async def decide(
         self, request: RunRequest, messages: tuple[Message, ...], meter: Meter, name: str, claim: Claim
@@ -50,6 +53,10 @@ class Executor:
             span.note(onebox__tier=routed.tier, onebox__task=routed.task)
         self.metrics.count_route(routed.tier, routed.task, time.perf_counter() - began)
         return routed
+
+    async def capabilities(self) -> Capabilities:
+        """What this worker's gateway can do now."""
+        return await capabilities(self.settings, self.plugins, self.engines, self.pace)
 
     def llm(self, request: RunRequest, meter: Meter, journal: Journal, name: str, claim: Claim) -> EngineLLM:
         """The engine as one run sees it; `name` begins the names of its calls. It has no model before `bind`."""

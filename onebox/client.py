@@ -16,6 +16,7 @@ from uuid import uuid4
 import httpx
 from pydantic import JsonValue, TypeAdapter, ValidationError
 
+from onebox.capabilities import Capabilities
 from onebox.chat_events import chat_events
 from onebox.errors import EngineFailed, Internal, ModelLoading, OneboxError, Timeout, Unavailable, from_code
 from onebox.events import (
@@ -247,6 +248,10 @@ class Client:
         if max_tokens is not None:
             body["max_tokens"] = max_tokens
         return _validated(_RESULT, await self._call("POST", f"/v1/tasks/{quote(name, safe='')}", body))
+
+    async def capabilities(self) -> Capabilities:
+        """What the box can do now, how well and how fast, and what it cannot."""
+        return Capabilities.from_json(await self._call("GET", "/v1/capabilities"))
 
     async def route(self, text: str) -> Routed:
         """The router's decision on `text`, without the work."""

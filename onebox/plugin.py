@@ -12,12 +12,15 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field
 from logging import Logger
 from random import Random
-from typing import ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
 from onebox.events import Event, FinishReason, TextDelta
 from onebox.messages import Message
+
+if TYPE_CHECKING:  # which has examples of plugins
+    from onebox.capabilities import Capabilities
 
 API: int = 1
 ENTRY_POINT_GROUP = "onebox.plugins"
@@ -142,6 +145,10 @@ class Context(Protocol):
 
     def now(self) -> float:
         """Seconds since 1970, the same in a replay."""
+        ...
+
+    async def capabilities(self) -> "Capabilities":
+        """What the box can do now, how well and how fast, and what it cannot."""
         ...
 
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:

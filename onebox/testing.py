@@ -15,10 +15,11 @@ from hashlib import sha256
 from random import Random
 from typing import Final, Literal
 
+from onebox.capabilities import Capabilities, LanguageAbility, Limits, Speed, TaskAbility
 from onebox.contract import find_faults
 from onebox.events import Check, Citation, Event, Progress, TextDelta
 from onebox.messages import Message, user
-from onebox.plugin import Chosen, Completion, Plugin, Sampling, Task
+from onebox.plugin import Chosen, Completion, Example, Plugin, Sampling, Task
 
 __all__ = [
     "Call",
@@ -102,6 +103,24 @@ class ScriptedLLM:
         return reply if isinstance(reply, str) else reply(call.messages)
 
 
+ABILITIES: Final = Capabilities(
+    "ready",
+    ("scripted",),
+    (
+        TaskAbility(
+            "chat",
+            {"en": "Chat", "zh": "聊天"},
+            {"en": "Talk", "zh": "聊聊"},
+            (Example("en", "Hi!"), Example("zh", "你好！")),
+        ),
+    ),
+    (LanguageAbility("zh"), LanguageAbility("en")),
+    Limits(4096, 1024, 1 << 20, 512, 3, 600.0),
+    Speed(),
+    {"en": ("See.",), "zh": ("看图。",)},
+)
+
+
 @dataclass
 class ScriptedContext:
     """A `Context` whose every answer is written down beforehand."""
@@ -112,6 +131,7 @@ class ScriptedContext:
     clock_s: float = 1_767_225_600.0
     deadline_s: float = 600.0
     values: dict[str, str] = field(default_factory=dict)
+    abilities: Capabilities = ABILITIES
     log: logging.Logger = field(default_factory=lambda: logging.getLogger("onebox.testing"))
 
     def __post_init__(self) -> None:
@@ -126,6 +146,10 @@ class ScriptedContext:
     def now(self) -> float:
         """Always `clock_s`."""
         return self.clock_s
+
+    async def capabilities(self) -> Capabilities:
+        """Always `abilities`."""
+        return self.abilities
 
     async def embed(self, texts: Sequence[str]) -> list[list[float]]:
         """Unit vectors by the hash of each character pair: near for texts that share many."""

@@ -10,11 +10,12 @@ from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
 from typing import ClassVar, Final
 
+from onebox.capabilities import Capabilities
 from onebox.events import Event, TextDelta
 from onebox.messages import user
 from onebox.plugin import Context, Example, Lang, Plugin, Task
 from plugins.history import stream_reply
-from plugins.language import reply_lang
+from plugins.language import language_named, reply_lang
 from plugins.prompts import Prompts
 
 TEMPERATURE: Final = 0.7
@@ -88,7 +89,10 @@ class Chat(Plugin):
         lang = reply_lang(task.text)
         fact = next((name for name, pattern in _FACTS if pattern.search(task.text)), None)
         if fact and len(task.text) <= SHORT:
-            yield TextDelta(self._prompts.text(f"{fact}_reply", lang))
+            if fact == "abilities":
+                yield TextDelta(self._abilities(await ctx.capabilities(), lang))
+            else:
+                yield TextDelta(self._prompts.text(f"{fact}_reply", lang))
             return
         request = f"{task.text}\n{self._prompts.text(fact, lang)}" if fact else task.text
         messages = [*task.messages[:-1], user(request)]
@@ -96,3 +100,26 @@ class Chat(Plugin):
         async with aclosing(stream_reply(ctx, task, rules, temperature=TEMPERATURE, messages=messages)) as deltas:
             async for delta in deltas:
                 yield delta
+
+    def _abilities(self, known: Capabilities, lang: Lang) -> str:
+        """The object of `GET /v1/capabilities` in words."""
+        text = self._prompts.text
+        rows = []
+        for task in known.tasks:
+            example = next((one.text for one in task.examples if one.lang == lang), "")
+            rows.append(text("task_row", lang, title=task.title[lang], summary=task.summary[lang], example=example))
+        parts = [text("who", lang, model=known.models[0] if known.models else "—"), "\n".join(rows)]
+        parts.append(text("cannot", lang) + "\n" + "\n".join(f"- {line}" for line in known.cannot[lang]))
+        if known.languages:
+            names = (language_named(one.code) for one in known.languages)
+            listed = (", " if lang == "en" else "、").join(name.name(lang) for name in names if name is not None)
+            parts.append(text("languages", lang, languages=listed))
+        limits = known.limits
+        parts.append(text("limits", lang, context=limits.context_tokens or "—", reply=limits.reply_tokens))
+        if known.quality is not None:
+            right = f"{100 * known.quality.routed_right:.0f}"
+            parts.append(text("quality", lang, right=right, messages=known.quality.messages))
+        if known.speed.tokens_per_s is not None:
+            first, pace = f"{known.speed.first_text_s:.1f}", f"{known.speed.tokens_per_s:.0f}"
+            parts.append(text("speed", lang, first=first, pace=pace))
+        return "\n\n".join(parts)

@@ -395,10 +395,10 @@ async def test_checks_can_be_left_out() -> None:
         ("what time is it?", "without internet or live data"),
         ("Remind me to call Bob at six", "only write text"),
         ("Please send an email to my boss", "only write text"),
-        ("Hi! What can you do?", "summarize, translate, answer questions, reason step by step, write"),
+        ("Hi! What can you do?", "I pick the kind of work myself"),
         ("北京今天天气怎么样？", "没有实时数据"),
         ("帮我订一张去上海的机票", "办不到"),
-        ("你会什么？你是谁？", "总结、翻译、回答问题、逐步推理、写作"),
+        ("你会什么？你是谁？", "我会自己判断"),
     ],
 )
 async def test_message_beyond_the_box_is_answered_honestly_without_the_engine(text: str, fact: str) -> None:

@@ -485,3 +485,26 @@ async def test_message_that_waits_for_an_engine_shows_its_place_in_the_queue(ope
         await chinese.click("#ob-stop")
         await until_done(chinese)
         api.close()
+
+
+async def test_steps_of_a_plan_are_listed_and_those_to_come_can_be_taken_out(open_page: Open, stack: Stack) -> None:
+    page = await open_page()
+    text = "The ferry to the northern islands will stop running in November. Repairs to the pier cost too much."
+    await say(page, f"Summarise this, then translate it into French and finally write a tweet about it: {text}")
+    steps = page.locator("#ob-chat .ob-plan li")
+    await expect(steps).to_have_count(3)
+    await expect(steps.nth(0)).to_have_class("now")
+    await expect(steps.nth(1)).to_contain_text("translate it into French")
+    await expect(steps.nth(0).get_by_role("button")).to_have_count(0)
+    await steps.nth(1).get_by_role("button", name="Leave this step out").click()
+    await expect(steps).to_have_count(2, timeout=60_000)
+    await expect(steps.nth(0)).to_have_class("done")
+    await expect(steps.nth(1)).to_contain_text("Write")
+    await expect(page.locator(TEXT).last).not_to_be_empty(timeout=60_000)
+    await page.click("#ob-stop")
+    await until_done(page)
+    route = only_variant(stack, page)["route"]
+    assert isinstance(route, dict)
+    assert route["plan"] == ["summarize", "write"]
+    await page.reload()
+    await expect(page.locator("#ob-chat .ob-plan li")).to_have_count(2)
