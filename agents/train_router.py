@@ -10,6 +10,7 @@ data gives the same files. scikit-learn is needed here and nowhere at run time.
 import argparse
 import json
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,7 +146,7 @@ def quality(head: Head, encoder: Encoder) -> dict[str, object]:
     by_task = {task: right[labels == index] for index, task in enumerate(TASKS)}
     by_language = {
         lang: right[[item.item.lang == lang for item in golden]]
-        for lang in dict.fromkeys(item.item.lang for item in golden)
+        for lang, _ in Counter(item.item.lang for item in golden).most_common()
     }
     return {
         "messages": len(golden),
