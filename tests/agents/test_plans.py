@@ -21,7 +21,7 @@ from tests.agents.processes import ADMIN_KEY, Child, Stack, run_stack, until
 PATH = "/v1/responses"
 TEXT = "The ferry to the northern islands will stop running in November. Repairs to the pier cost more than planned."
 ASK = f"Summarise this, then translate it into French and finally write a tweet about it: {TEXT}"
-SLOW = {"scripted_itl_ms": "25", "lease_s": "1.5", "lease_renew_s": "0.4"}
+SLOW = {"scripted_itl_ms": "12", "lease_s": "1.5", "lease_renew_s": "0.4"}
 
 
 @pytest.fixture(scope="module")
