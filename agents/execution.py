@@ -22,11 +22,11 @@ from agents.params import fit_params
 from agents.replay import Replay
 from agents.run_log import RunLog
 from agents.run_store import Ending, RunRequest
-from agents.steps import replanned, request_of
+from agents.steps import changed_by_user, request_of
 from agents.store_keys import RunKeys
 from agents.tracing import Span
 from onebox import logs
-from onebox.errors import Internal, OneboxError, PluginFailed, StoreUnavailable, Timeout
+from onebox.errors import Internal, OneboxError, PluginFailed, Timeout
 from onebox.events import (
     Check,
     Citation,
@@ -47,7 +47,7 @@ from onebox.events import (
 )
 from onebox.messages import Message, user
 from onebox.plans import replan, steps_of
-from onebox.plugin import Sampling, Task
+from onebox.plugin import Plugin, Sampling, Task, TaskParams
 
 RAW: Final = "raw"
 AUTO: Final = "auto"
@@ -326,11 +326,11 @@ class Execution:
             routed = await executor.decide(request, self._messages, self._meter, self.name, self._claim)
         steps = steps_of(routed)
         messages = _without_command(self._messages, routed) if request.task is None else self._messages
+        plan, options = self._planned(steps)
+        run_key = RunKeys(request.tenant, request.run_id).run
         asked, previous, index = messages[-1].text, "", 0
-        while index < len(steps):
-            plan = [executor.plugins[step.task] for step in steps]
-            plugin, params = plan[index], fit_params(plan, request.params)[index]
-            last = index == len(plan) - 1
+        while index < len(plan):
+            plugin, params, last = plan[index], options[index], index == len(plan) - 1
             self._step = plugin.name
             self._claim.name_step(plugin.name)
             await llm.bind(executor.engines.spec.order(plugin.name), patience_s)
@@ -372,25 +372,16 @@ class Execution:
                 return
             previous = "".join(pieces)
             yield Progress(index, len(plan), previous[:PROGRESS_TEXT_MAX])
-            if (changed := await self._changed(steps, index)) is not None:
+            if (changed := await changed_by_user(self._journal, executor.store, run_key, steps, index)) is not None:
                 steps = changed
+                plan, options = self._planned(steps)
                 yield Replanned(index, tuple(step.task for step in steps))
         yield TextDelta(previous)  # the steps that were to follow have been taken away
 
-    async def _changed(self, steps: Sequence[Step], begun: int) -> tuple[Step, ...] | None:
-        """The steps as a user has changed them meanwhile; None where nobody has."""
-        call = self._journal.open("plan", begun)
-        if (entry := await self._journal.answer(call)) is not None:
-            plan = entry.value
-        else:
-            run = RunKeys(self._request.tenant, self._request.run_id).run
-            try:
-                raw = await self._executor.store.hash_get(run, "plan")
-            except StoreUnavailable:  # the run goes on as it was
-                raw = None
-            plan = raw.decode() if raw is not None else None
-            self._journal.note(call, "value", plan)
-        return replanned(steps, begun, plan.split(",")) if plan else None
+    def _planned(self, steps: Sequence[Step]) -> tuple[list[Plugin], list[TaskParams]]:
+        """The plugin and the options of each step."""
+        plan = [self._executor.plugins[step.task] for step in steps]
+        return plan, fit_params(plan, self._request.params)
 
     def _defect(self) -> OneboxError:
         if self._step in self._executor.plugins:

@@ -8,7 +8,7 @@ are to be executed, which is not always that of the words: "before you translate
 import re
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Final
@@ -68,7 +68,7 @@ def find_steps(instruction: Instruction, message: str, task: str, tasks: Sequenc
     clauses = _in_order(_joined(_clauses(instruction, tasks)))
     if not 2 <= len(clauses) <= STEPS_MAX or not _plausible(clauses):
         return ()
-    return _as_steps(clauses, message)
+    return tuple(_as_step(clause, message, index) for index, clause in enumerate(clauses))
 
 
 def describe(instruction: Instruction, message: str, plan: Sequence[str]) -> tuple[Step, ...]:
@@ -113,8 +113,7 @@ def _clauses(instruction: Instruction, tasks: Sequence[str]) -> list[_Clause]:
                     )
                 )
             elif found and text.strip() and found[-1].end == segment.start + joint:
-                last = found[-1]
-                found[-1] = _Clause(last.task, last.start, segment.start + end, last.then, last.first, last.later)
+                found[-1] = replace(found[-1], end=segment.start + end)
     return found
 
 
@@ -123,8 +122,7 @@ def _joined(clauses: Sequence[_Clause]) -> list[_Clause]:
     joined: list[_Clause] = []
     for clause in clauses:
         if joined and joined[-1].task == clause.task:
-            last = joined[-1]
-            joined[-1] = _Clause(last.task, last.start, clause.end, last.then, last.first, last.later)
+            joined[-1] = replace(joined[-1], end=clause.end)
         else:
             joined.append(clause)
     return joined
@@ -152,10 +150,6 @@ def _plausible(clauses: Sequence[_Clause]) -> bool:
             # "Write a letter and then explain why": most of these are one letter.
             return False
     return True
-
-
-def _as_steps(clauses: Sequence[_Clause], message: str) -> tuple[Step, ...]:
-    return tuple(_as_step(clause, message, index) for index, clause in enumerate(clauses))
 
 
 def _as_step(clause: _Clause, message: str, index: int) -> Step:

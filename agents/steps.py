@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import Final
 
 from agents.instruction import split_instruction
+from agents.journal import Journal
 from agents.params import fit_params
-from onebox.errors import BadRequest
+from agents.store import Store
+from onebox.errors import BadRequest, StoreUnavailable
 from onebox.events import Step
 from onebox.plans import changed_steps
 from onebox.plugin import Plugin
@@ -37,6 +39,23 @@ def replanned(steps: Sequence[Step], begun: int, plan: Sequence[str]) -> tuple[S
     if list(plan) == tasks or list(plan[:begun]) != tasks[:begun]:
         return None
     return changed_steps(steps, begun, plan)
+
+
+async def changed_by_user(
+    journal: Journal, store: Store, run_key: str, steps: Sequence[Step], begun: int
+) -> tuple[Step, ...] | None:
+    """The steps as a user has changed them since the run began, as `replanned`; what was found is in the journal."""
+    call = journal.open("plan", begun)
+    if (entry := await journal.answer(call)) is not None:
+        plan = entry.value
+    else:
+        try:
+            raw = await store.hash_get(run_key, "plan")
+        except StoreUnavailable:  # the run goes on as it was
+            raw = None
+        plan = raw.decode() if raw is not None else None
+        journal.note(call, "value", plan)
+    return replanned(steps, begun, plan.split(",")) if plan else None
 
 
 def check_plan(plugins: Mapping[str, Plugin], plan: Sequence[str], params: Mapping[str, object]) -> tuple[str, ...]:
