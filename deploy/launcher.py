@@ -13,7 +13,6 @@ import socket
 import sys
 import uuid
 from collections.abc import Mapping
-from pathlib import Path
 
 import httpx
 import psutil
@@ -22,6 +21,7 @@ from agents.keys import ensure_admin_key
 from agents.shared_metrics import metrics_folder
 from agents.store import Store
 from deploy import checks, instance, store
+from deploy.ray_environment import python_path
 from deploy.screen import Screen
 from deploy.supervisor import Program, Supervisor
 from onebox import sockets
@@ -30,7 +30,6 @@ from onebox.fleet_spec import read_fleet
 from onebox.settings import Settings
 from serving.fetch import ensure
 
-ROOT = Path(__file__).resolve().parent.parent
 READY_POLL_S = 0.5
 PROBE_TIMEOUT_S = 10.0
 
@@ -78,7 +77,7 @@ class Launch:
         env = {
             **os.environ,
             **self._environment({"internal_token": token, "ui_key": ui_key}),
-            "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+            "PYTHONPATH": python_path(),
             "PYTHONUNBUFFERED": "1",
         }
         self.supervisor = Supervisor(self.id, env, self._publish)

@@ -42,10 +42,15 @@ def every_node(settings: Settings) -> dict[str, str]:
     return environment
 
 
+def python_path() -> str:
+    """Where child processes find this instance's code."""
+    return os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+
+
 def own_folder(settings: Settings, scratch: Path) -> dict[str, str]:
     """What keeps the files of a node's ingress, and the code its workers import, this instance's own."""
     environment = {
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))),
+        "PYTHONPATH": python_path(),
         "RAY_enable_metrics_collection": "1" if settings.ray_metrics else "0",
     }
     if settings.engine_ingress == "haproxy":
