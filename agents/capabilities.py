@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any, Final
 
 from agents.engines import Engines
-from agents.router_head import QUALITY
+from agents.reader.reader import QUALITY
 from agents.steps import STEPS_MAX
 from onebox.capabilities import Capabilities, LanguageAbility, Limits, Quality, Speed, TaskAbility
 from onebox.errors import OneboxError
@@ -62,8 +62,13 @@ class Pace:
         return Speed(len(recent), round(first, 3), round(pace, 1))
 
 
-async def capabilities(settings: Settings, plugins: Mapping[str, Plugin], engines: Engines, pace: Pace) -> Capabilities:
-    """What this gateway can do now. An engine that does not answer within a second counts as down."""
+async def capabilities(
+    settings: Settings, plugins: Mapping[str, Plugin], engines: Engines, pace: Pace, refused: Mapping[str, str]
+) -> Capabilities:
+    """What this gateway can do now; `refused` are the plugins that the router never picks, and why.
+
+    An engine that does not answer within a second counts as down.
+    """
     readiness = await engines.readiness(ENGINE_TIMEOUT_S)
     measured = _measured()
     limits = Limits(
@@ -83,6 +88,7 @@ async def capabilities(settings: Settings, plugins: Mapping[str, Plugin], engine
             _examples(plugin),
             tuple(engines.spec.order(name)) if several else (),
             measured["tasks"].get(name),
+            refused.get(name),
         )
         for name, plugin in plugins.items()
     )

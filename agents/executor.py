@@ -49,14 +49,16 @@ class Executor:
             if self.settings.router_engine and request.task is None and not request.plan:
                 llm = self.llm(request, meter, Journal(_unnoted), f"{name}-route", claim)
                 await llm.bind(self.engines.spec.order(ROUTER))
-            routed = await self.router.route(messages, explicit=request.task, plan=request.plan, llm=llm)
+            routed = await self.router.route(
+                messages, explicit=request.task, plan=request.plan, llm=llm, tenant=request.tenant
+            )
             span.note(onebox__tier=routed.tier, onebox__task=routed.task)
         self.metrics.count_route(routed.tier, routed.task, time.perf_counter() - began)
         return routed
 
     async def capabilities(self) -> Capabilities:
         """What this worker's gateway can do now."""
-        return await capabilities(self.settings, self.plugins, self.engines, self.pace)
+        return await capabilities(self.settings, self.plugins, self.engines, self.pace, self.router.refused)
 
     def llm(self, request: RunRequest, meter: Meter, journal: Journal, name: str, claim: Claim) -> EngineLLM:
         """The engine as one run sees it; `name` begins the names of its calls. It has no model before `bind`."""

@@ -2,7 +2,7 @@
 
 A pasted page drowns the sentence that says what to do with it, so the router looks at the instruction alone:
 first and last clause, short lines that ask for something, quoted blocks left out. Offsets into the original
-text are kept. What the instruction means is `agents.router_features` and `agents.router_head`.
+text are kept. What the instruction means is for `agents.reader` to say.
 """
 
 import re

@@ -1,8 +1,7 @@
-"""Plans: messages that ask for two or three things in a row, by rule.
+"""The words of a message that ask for each step of a plan, by the verbs of its clauses.
 
-A clause becomes a step when it names a task's own verb after a word of sequence, so that "translate and keep the tone"
-stays one step. An output language alone ("summarise in German") is never a step. Steps come in the order in which they
-are to be executed, which is not always that of the words: "before you translate it, shorten it".
+Which steps there are is for `agents.reader` to say, or for the user; here a clause that names a task's own verb is
+found for each of them.
 """
 
 import re
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Final
 
 from agents.instruction import Instruction
-from agents.steps import STEPS_MAX
 from onebox.events import Step
 
 FIRST_VERB_WITHIN: Final = 60
@@ -28,7 +26,6 @@ def _read(path: Path) -> dict[str, str]:
 
 
 _PATTERNS: Final = _read(Path(__file__).parent / "data" / "steps.toml")
-_THEN: Final = re.compile(_PATTERNS["then"], FLAGS)
 _JOINT: Final = re.compile(
     rf"(?:[,;.，。；、!！]\s*)?(?:{_PATTERNS['then']}|{_PATTERNS['also']})\s*|[,;，；。.!！]\s*|\n\s*",
     FLAGS,
@@ -37,38 +34,15 @@ _TASKS: Final = {
     name: re.compile(_PATTERNS[name], FLAGS) for name in ("translate", "summarize", "write", "reason", "qa")
 }
 _NO_STEP: Final = re.compile(_PATTERNS["no_step"], FLAGS)
-_LATER: Final = re.compile(_PATTERNS["later"], FLAGS)
-_FIRST: Final = re.compile(_PATTERNS["first"], FLAGS)
-# What may follow without a word of sequence: "translate this and tell me how many apples are left".
-_LOOSE: Final = frozenset(
-    {
-        ("summarize", "translate"), ("summarize", "write"), ("summarize", "qa"), ("summarize", "reason"),
-        ("translate", "summarize"), ("translate", "write"), ("translate", "qa"), ("translate", "reason"),
-        ("write", "translate"),
-    }
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class _Clause:
-    """A part of the message with a task's verb. `then`: a word of sequence is before it."""
+    """A part of the message with a task's verb."""
 
     task: str
     start: int
     end: int
-    then: bool
-    first: bool
-    later: bool
-
-
-def find_steps(instruction: Instruction, message: str, task: str, tasks: Sequence[str]) -> tuple[Step, ...]:
-    """The steps that `message` asks for; none where it asks for one thing, which is `task`."""
-    if task == "chat":
-        return ()
-    clauses = _in_order(_joined(_clauses(instruction, tasks)))
-    if not 2 <= len(clauses) <= STEPS_MAX or not _plausible(clauses):
-        return ()
-    return tuple(_as_step(clause, message, index) for index, clause in enumerate(clauses))
 
 
 def describe(instruction: Instruction, message: str, plan: Sequence[str]) -> tuple[Step, ...]:
@@ -98,20 +72,9 @@ def _clauses(instruction: Instruction, tasks: Sequence[str]) -> list[_Clause]:
         ]
         for (joint, begin), (end, _) in pairwise(joints):
             text = segment.text[begin:end]
-            word = segment.text[joint:begin]
             task = _task(text, first=not found)
             if task is not None and task in tasks:
-                then = _THEN.search(word) is not None or _FIRST.search(text) is not None
-                found.append(
-                    _Clause(
-                        task,
-                        segment.start + joint,
-                        segment.start + end,
-                        then,
-                        _FIRST.search(word + text) is not None,
-                        _LATER.search(word + text) is not None,
-                    )
-                )
+                found.append(_Clause(task, segment.start + joint, segment.start + end))
             elif found and text.strip() and found[-1].end == segment.start + joint:
                 found[-1] = replace(found[-1], end=segment.start + end)
     return found
@@ -126,30 +89,6 @@ def _joined(clauses: Sequence[_Clause]) -> list[_Clause]:
         else:
             joined.append(clause)
     return joined
-
-
-def _in_order(clauses: Sequence[_Clause]) -> list[_Clause]:
-    """In the order of execution."""
-    ordered = list(clauses)
-    for index, clause in enumerate(clauses):
-        if clause.later and index + 1 < len(clauses):  # "before you translate it, shorten it"
-            ordered[index], ordered[index + 1] = ordered[index + 1], ordered[index]
-        elif clause.first and index and not clauses[index - 1].first:  # "translate it, but shorten it first"
-            ordered.remove(clause)
-            ordered.insert(0, clause)
-    return ordered
-
-
-def _plausible(clauses: Sequence[_Clause]) -> bool:
-    for before, after in pairwise(clauses):
-        loose = (before.task, after.task) in _LOOSE
-        told = after.then or before.first or before.later or after.first
-        if not (loose or told):
-            return False
-        if before.task == "write" and after.task in {"qa", "reason"}:
-            # "Write a letter and then explain why": most of these are one letter.
-            return False
-    return True
 
 
 def _as_step(clause: _Clause, message: str, index: int) -> Step:

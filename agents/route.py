@@ -3,7 +3,7 @@
     python -m agents.route FILE.jsonl          one decision per line on standard output
     python -m agents.route --eval FILE.jsonl   accuracy, calibration, coverage and confusion
 
-A line has `id` and `messages`; for `--eval` also `task`, `lang` and perhaps `hard`.
+A line has `id` and `messages`; for `--eval` also `task` or `plan`, and perhaps `lang`, `hard` and `unsupported`.
 """
 
 import argparse
@@ -12,17 +12,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
 
 import numpy as np
 
+from agents.reader.plans import TASKS
 from agents.router import Router
-from agents.router_features import TASKS
+from agents.scoring import COVERAGES, Judged
 from onebox.events import Routed
 from onebox.messages import Message
-
-COVERAGES: Final = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)
-BINS: Final = 10
 
 
 def read_lines(path: Path) -> list[dict[str, object]]:
@@ -37,48 +34,55 @@ async def decide(records: Sequence[dict[str, object]]) -> list[Routed]:
     return [await router.route(_messages(record)) for record in records]
 
 
-def expected_calibration_error(confidence: Sequence[float], right: Sequence[bool]) -> float:
-    """Mean gap of confidence and accuracy over ten equal bins, weighted by their size (Naeini et al. 2015)."""
-    shares, hits = np.asarray(confidence), np.asarray(right, dtype=float)
-    bins = np.minimum((shares * BINS).astype(int), BINS - 1)
-    used = [bins == number for number in range(BINS) if (bins == number).any()]
-    return float(sum(abs(hits[chosen].mean() - shares[chosen].mean()) * chosen.mean() for chosen in used))
-
-
 def report(records: Sequence[dict[str, object]], decisions: Sequence[Routed]) -> str:
     """The scores as text."""
-    truth = [str(record["task"]) for record in records]
-    said = [decision.task for decision in decisions]
-    right = [t == s for t, s in zip(truth, said, strict=True)]
-    confidence = [max(decision.probabilities.values()) for decision in decisions]
+    plans = [
+        tuple(map(str, _list(record["plan"]))) if "plan" in record else (str(record["task"]),) for record in records
+    ]
+    judged = Judged(
+        [plan[0] for plan in plans],
+        [decision.task for decision in decisions],
+        [max(decision.probabilities.values()) for decision in decisions],
+    )
+    truth, said = judged.expected, judged.said
     labels = [task for task in TASKS if task in truth]
     lines = [
         f"messages {len(records)}",
-        f"accuracy {np.mean(right):.4f}",
-        f"macro-F1 {np.mean([_f1(truth, said, task) for task in labels]):.4f}",
-        f"ECE {expected_calibration_error(confidence, right):.4f}",
+        f"accuracy {judged.accuracy():.4f}",
+        f"macro-F1 {judged.macro_f1():.4f}",
+        f"ECE {judged.calibration_error():.4f}",
         "ms p50 {:.1f} p95 {:.1f}".format(*np.percentile([decision.ms for decision in decisions], [50, 95])),
-        "coverage accuracy confidence",
     ]
-    order = np.argsort([-share for share in confidence], kind="stable")
+    exact = [decision.plan == plan for decision, plan in zip(decisions, plans, strict=True)]
+    for name, chosen in (
+        ("plans of several steps, exact", [len(plan) > 1 for plan in plans]),
+        ("single, kept single", [len(plan) == 1 for plan in plans]),
+    ):
+        kept = [
+            right if len(plan) > 1 else len(decision.plan) == 1
+            for right, plan, decision, take in zip(exact, plans, decisions, chosen, strict=True)
+            if take
+        ]
+        if kept:
+            lines.append(f"{name}: {sum(kept)} of {len(kept)}")
+    lines.append("coverage accuracy confidence")
     for coverage in COVERAGES:
-        kept = order[: max(1, round(coverage * len(order)))]
-        lines.append(f"{coverage:8.2f} {np.mean([right[i] for i in kept]):8.4f} {confidence[kept[-1]]:10.3f}")
+        accuracy, least = judged.at_coverage(coverage)
+        lines.append(f"{coverage:8.2f} {accuracy:8.4f} {least:10.3f}")
     lines.append("expected \\ said " + " ".join(f"{task:>9}" for task in TASKS) + "    right")
     for task in labels:
         row = [sum(t == task and s == other for t, s in zip(truth, said, strict=True)) for other in TASKS]
         lines.append(f"{task:<15} " + " ".join(f"{n:9d}" for n in row) + f"  {row[TASKS.index(task)] / sum(row):7.3f}")
-    for key in ("lang", "hard"):
-        groups = sorted({str(record[key]) for record in records if key in record})
-        for group in groups:
-            chosen = [i for i, record in enumerate(records) if str(record.get(key)) == group]
-            lines.append(f"{key} {group}: {np.mean([right[i] for i in chosen]):.4f} of {len(chosen)}")
+    for key in ("lang", "hard", "unsupported"):
+        for group in sorted({str(record[key]) for record in records if key in record}):
+            chosen = [str(record.get(key)) == group for record in records]
+            declined = np.mean([decision.declined for decision, take in zip(decisions, chosen, strict=True) if take])
+            lines.append(f"{key} {group}: {judged.accuracy(chosen):.4f} of {sum(chosen)}, declined {declined:.4f}")
     return "\n".join(lines) + "\n"
 
 
-def _f1(truth: Sequence[str], said: Sequence[str], task: str) -> float:
-    hit = sum(t == s == task for t, s in zip(truth, said, strict=True))
-    return 2 * hit / (truth.count(task) + said.count(task)) if hit else 0.0
+def _list(value: object) -> list[object]:
+    return value if isinstance(value, list) else []
 
 
 def _messages(record: dict[str, object]) -> tuple[Message, ...]:

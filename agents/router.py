@@ -1,30 +1,34 @@
 """The router agent: which task a message asks for, how sure that is, and why.
 
-Cascade: an explicit choice, the linear head, a closed-choice engine call when the head is unsure. It is a
-`BaseDecisionModel`, so it works in any langchain program; `route` is what the gateway calls. It runs no task.
+Cascade: an explicit choice, the head (`agents.reader`, with what users' corrections have taught it), a closed-choice
+engine call when the head is unsure and settings allow it, the user. It is a `BaseDecisionModel`, so it works in any
+langchain program; `route` is what the gateway calls. It runs no task.
 """
 
 import asyncio
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Final, Literal
 
-import numpy as np
 from langchain_core.decisions import BaseDecisionModel, Choice, ChoiceAnswer, ClassifierResponse, Question, State
 from langchain_core.messages import BaseMessage
-from numpy.typing import NDArray
 from pydantic import PrivateAttr
 from typing_extensions import override
 
-from agents.encoder import Encoder, Together
+from agents.encoder import Encoder
 from agents.instruction import split_instruction
-from agents.plan import describe, find_steps
+from agents.learning import Learned
+from agents.plan import describe
 from agents.plugin_match import PluginMatch
-from agents.router_features import TASKS
-from agents.router_head import Head, Judgement
+from agents.reader.plans import TASKS
+from agents.reader.reader import Reading, shared_reader
+from agents.reader.why import cues, snap, step_spans
 from onebox.errors import OneboxError
-from onebox.events import Routed
+from onebox.events import Routed, Step
+from onebox.labels import Label
 from onebox.messages import Message, Role
 from onebox.plugin import LLM, Plugin
 from onebox.settings import Settings
@@ -33,10 +37,15 @@ Tier = Literal["explicit", "head", "engine", "default"]
 FALLBACK: Final = "chat"
 # A 0.5B engine is right on 29 % of hard messages, far behind the head: it only tips near ties.
 ENGINE_WEIGHT: Final = 0.3
-INLINE_CHARS: Final = 600
+PLAN_DOUBT: Final = 0.2  # whether a message asks for several steps is asked of the engine from 0.3 to 0.7
+DECLINED: Final = 0.5  # likeliest to ask for what cannot be done here
 PROMPT_CHARS: Final = 800
 _PROMPT: Final = (
     "Which kind of work does the user's last message ask for? Answer with one word.\n{menu}\n\nMessage:\n{text}"
+)
+_STEPS_PROMPT: Final = (
+    "Does the user's last message ask for one piece of work, or for several ones after another ({steps})? Answer with "
+    "one word.\n\nMessage:\n{text}"
 )
 _MENU: Final = {
     "summarize": "condense a given text",
@@ -53,26 +62,20 @@ class Router(BaseDecisionModel):
 
     model: str = "onebox-router"
 
-    _head: Head = PrivateAttr()
-    _encoder: Encoder = PrivateAttr()
-    _together: Together = PrivateAttr()
+    _encoder: Encoder = PrivateAttr(default_factory=Encoder)
+    _learned: Learned = PrivateAttr(default_factory=Learned)
+    _thread: ThreadPoolExecutor = PrivateAttr(default_factory=lambda: ThreadPoolExecutor(1, "router"))
     _tasks: tuple[str, ...] = PrivateAttr(default=TASKS)
     _summaries: dict[str, str] = PrivateAttr(default_factory=dict)
     _match: PluginMatch | None = PrivateAttr(default=None)
     _threshold: float = PrivateAttr(default=0.6)
     _engine: bool = PrivateAttr(default=True)
 
-    @override
-    def model_post_init(self, context: object, /) -> None:
-        super().model_post_init(context)
-        self._head = Head.load()
-        self._use(Encoder())
-
     @classmethod
     def load(cls, plugins: Mapping[str, Plugin], settings: Settings) -> "Router":
-        """A router over `plugins`. Returns at once; the embedding model loads with `warm` or the first message."""
+        """A router over `plugins`. Returns at once; its models load with `warm` or the first message."""
         router = cls()
-        router._use(Encoder(_cache_dir(settings.home_dir)))
+        router._encoder = Encoder(_cache_dir(settings.home_dir))
         router._tasks = tuple(plugins) or TASKS
         router._summaries = {name: plugin.summary["en"] for name, plugin in plugins.items() if name not in TASKS}
         others = [plugin for name, plugin in plugins.items() if name not in TASKS]
@@ -91,9 +94,20 @@ class Router(BaseDecisionModel):
         """The tasks a message can be routed to."""
         return self._tasks
 
+    @property
+    def refused(self) -> Mapping[str, str]:
+        """Plugins that are never picked by themselves, and why; known once the first message has been routed."""
+        return self._match.refused if self._match is not None else {}
+
     async def warm(self) -> None:
         """Load what the first decision needs, in a thread."""
-        await asyncio.to_thread(self._judge_alone, (Message("user", "hello"),))
+        await self._in_thread((Message("user", "hello"),), "")
+
+    async def learn(self, shared: Sequence[Label], own: Mapping[str, Sequence[Label]]) -> Mapping[str, str]:
+        """Decide from now on as these labels say, `own` those of a tenant; why some are not used, by their ids."""
+        learned, reasons = await asyncio.to_thread(lambda: Learned.of(shared, own))
+        self._learned = learned
+        return reasons
 
     async def route(
         self,
@@ -102,8 +116,9 @@ class Router(BaseDecisionModel):
         explicit: str | None = None,
         plan: Sequence[str] = (),
         llm: LLM | None = None,
+        tenant: str = "",
     ) -> Routed:
-        """The decision for the last user message of `messages`.
+        """The decision for the last user message of `messages`, as the corrections of `tenant` have taught it.
 
         `explicit` is a choice already made, and so is a `plan`, or a message that begins with `/task`. `llm` is asked
         when the head is unsure and the settings allow it; an engine that fails is passed over. `task` is the first
@@ -125,23 +140,21 @@ class Router(BaseDecisionModel):
             shares = {task: float(task == fallback) for task in self._tasks}
             return Routed(fallback, (fallback,), shares, "default", _since(began))
         heard = tuple(messages[: asked[-1] + 1])
-        if self._encoder.loaded and sum(len(messages[index].text) for index in asked[-3:]) <= INLINE_CHARS:
-            judgement, shares = self._judge(heard, await self._together.embed(self._head.embedded(heard)))
-        else:
-            judgement, shares = await asyncio.to_thread(self._judge_alone, heard)
+        reading, shares = await self._in_thread(heard, tenant)
         tier: Tier = "head"
         if max(shares.values()) < self._threshold and self._engine and llm is not None:
             asked_engine = await self._ask_engine(heard, shares, llm)
             if asked_engine is not None:
                 shares, tier = asked_engine, "engine"
-        task = max(shares, key=lambda name: shares[name])
+        if self._engine and llm is not None and abs(reading.several - 0.5) < PLAN_DOUBT:
+            reading = await self._ask_for_steps(heard, reading, llm)
+        found = self._plan(reading, shares)
         text = heard[-1].text
-        steps = find_steps(judgement.instruction, text, task, self._tasks)
-        planned = tuple(step.task for step in steps) or (task,)
-        task = planned[0]
-        cues = self._head.cues(judgement, text, task) if task in TASKS else ()
+        steps = _steps(reading, text, found)
         ask = max(shares.values()) < self._threshold
-        return Routed(task, planned, shares, tier, _since(began), cues, ask, steps)
+        declined = found == (FALLBACK,) and reading.unsupported >= DECLINED
+        why = cues(reading, text, found[0])
+        return Routed(found[0], found, shares, tier, _since(began), why, ask, steps, declined)
 
     def command(self, text: str) -> str | None:
         """The task a message beginning with `/task` asks for."""
@@ -165,7 +178,7 @@ class Router(BaseDecisionModel):
             raise ValueError(
                 "The state has no user message at its end: give a text or messages that end with the user's."
             )
-        _, shares = self._judge_alone(messages)
+        _, shares = self._judge(messages, "")
         answers: dict[str, ChoiceAnswer] = {}
         for name, question in questions.items():
             if not isinstance(question, Choice):
@@ -184,41 +197,80 @@ class Router(BaseDecisionModel):
             )
         return ClassifierResponse(model=self.model, answers=dict(answers))
 
-    def _use(self, encoder: Encoder) -> None:
-        self._encoder, self._together = encoder, Together(encoder)
+    async def _in_thread(self, messages: Sequence[Message], tenant: str) -> tuple[Reading, dict[str, float]]:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, self._judge, messages, tenant)
 
-    def _judge_alone(self, messages: Sequence[Message]) -> tuple[Judgement, dict[str, float]]:
-        return self._judge(messages, self._encoder.embed(self._head.embedded(messages)))
-
-    def _judge(self, messages: Sequence[Message], vectors: NDArray[np.float32]) -> tuple[Judgement, dict[str, float]]:
-        judgement = self._head.judge(messages, vectors)
-        known = {task: float(p) for task, p in zip(TASKS, judgement.probabilities, strict=True) if task in self._tasks}
+    def _judge(self, messages: Sequence[Message], tenant: str) -> tuple[Reading, dict[str, float]]:
+        reading = self._learned.taught(shared_reader().read(messages), tenant)
+        known = {task: float(p) for task, p in zip(TASKS, reading.probabilities, strict=True) if task in self._tasks}
         if self._match is not None:
-            taken = self._match.shares(judgement.instruction.text, judgement.embedding)
+            taken = self._match.shares(reading.instruction)
             rest = max(0.0, 1.0 - sum(taken.values()))
             known = {task: p * rest for task, p in known.items()} | taken
         total = sum(known.values())
         if total <= 0:
             known = dict.fromkeys(self._tasks, 1.0)
             total = float(len(known))
-        return judgement, {task: known.get(task, 0.0) / total for task in self._tasks}
+        return reading, {task: known.get(task, 0.0) / total for task in self._tasks}
+
+    def _plan(self, reading: Reading, shares: Mapping[str, float]) -> tuple[str, ...]:
+        """The steps: several where the reader has found them and nothing else has been decided meanwhile."""
+        task, plan = max(shares, key=lambda name: shares[name]), reading.plan
+        several = len(plan) > 1 and all(step in self._tasks for step in plan)
+        return plan if several and task in (reading.task, *plan[:1]) else (task,)
 
     async def _ask_engine(
         self, messages: Sequence[Message], shares: dict[str, float], llm: LLM
     ) -> dict[str, float] | None:
         options = sorted(self._tasks)
         menu = "\n".join(f"{name}: {_MENU.get(name) or self._summaries.get(name, name)}" for name in options)
-        text = messages[-1].text
-        if len(text) > PROMPT_CHARS:
-            text = f"{text[: PROMPT_CHARS // 2]} … {text[-PROMPT_CHARS // 2 :]}"
-        try:
-            chosen = await llm.choose([Message("user", _PROMPT.format(menu=menu, text=text))], options)
-        except OneboxError:
-            return None
-        opinion = dict(chosen.probabilities) or {name: 0.9 if name == chosen.option else 0.02 for name in options}
-        mixed = {task: share * max(opinion.get(task, 0.0), 1e-3) ** ENGINE_WEIGHT for task, share in shares.items()}
-        total = sum(mixed.values())
-        return {task: share / total for task, share in mixed.items()}
+        return await _tipped(llm, _PROMPT.format(menu=menu, text=_shown(messages[-1].text)), options, shares)
+
+    async def _ask_for_steps(self, messages: Sequence[Message], reading: Reading, llm: LLM) -> Reading:
+        shares = {"one": 1 - reading.several, "several": reading.several}
+        prompt = _STEPS_PROMPT.format(steps=", ".join(reading.chain), text=_shown(messages[-1].text))
+        tipped = await _tipped(llm, prompt, sorted(shares), shares)
+        if tipped is None:
+            return reading
+        plan = reading.chain if tipped["several"] >= 0.5 else (reading.task,)
+        return replace(reading, plan=plan, several=tipped["several"])
+
+
+async def _tipped(
+    llm: LLM, prompt: str, options: Sequence[str], shares: Mapping[str, float]
+) -> dict[str, float] | None:
+    """Shares with the engine's choice among `options` in them; None where the engine fails."""
+    try:
+        chosen = await llm.choose([Message("user", prompt)], options)
+    except OneboxError:
+        return None
+    opinion = dict(chosen.probabilities) or {name: 0.9 if name == chosen.option else 0.02 for name in options}
+    mixed = {name: share * max(opinion.get(name, 0.0), 1e-3) ** ENGINE_WEIGHT for name, share in shares.items()}
+    total = sum(mixed.values())
+    return {name: share / total for name, share in mixed.items()}
+
+
+def _shown(text: str) -> str:
+    """What the engine is shown of a message: of a long one the beginning and the end."""
+    if len(text) <= PROMPT_CHARS:
+        return text
+    return f"{text[: PROMPT_CHARS // 2]} … {text[-PROMPT_CHARS // 2 :]}"
+
+
+def _steps(reading: Reading, text: str, plan: Sequence[str]) -> tuple[Step, ...]:
+    """The steps of a plan with the words that ask for them: by the verbs of their clauses, or as they were read."""
+    steps = describe(reading.instruction, text, plan)
+    if all(step.words for step in steps):
+        return steps
+    spans = snap(step_spans(reading, plan), text)
+    if not spans:
+        return steps
+    worded = []
+    for step, (start, end) in zip(steps, spans, strict=True):
+        words = text[start:end].strip(" \n\t,;.，。；、")
+        worded.append(replace(step, words=words, start=start, end=end))
+    return tuple(worded)
 
 
 def _since(began: float) -> float:

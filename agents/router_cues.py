@@ -1,4 +1,4 @@
-"""Words that speak for a task, in the languages the router knows: hints to the head, never rules of their own.
+"""Words that ask for something, in the languages the router knows: they find the instruction in a message, no more.
 
 The words are in `agents/data/cues.toml`.
 """
@@ -19,6 +19,5 @@ _PATTERNS: Final = _read(Path(__file__).parent / "data" / "cues.toml")
 _ASKING: Final = ("translate_verb", "summarize", "write", "reason", "explain")
 _ORDERING: Final = ("translate_verb", "summarize", "write")
 
-CUES: Final[dict[str, re.Pattern[str]]] = {name: re.compile(pattern) for name, pattern in _PATTERNS.items()}
 ANY_TASK: Final = re.compile("|".join(_PATTERNS[name] for name in _ASKING) + r"|[?？؟]\s*$")
 ORDER: Final = re.compile("|".join(_PATTERNS[name] for name in _ORDERING) + r"|[?？؟]\s*$")

@@ -16,7 +16,10 @@ Health = Literal["ready", "loading", "down"]
 
 @dataclass(frozen=True, slots=True)
 class TaskAbility:
-    """A task, three examples in each language; `routed_right` is the share of test messages for it that reach it."""
+    """A task, three examples in each language; `routed_right` is the share of test messages for it that reach it.
+
+    `not_routed` says why the router never picks it by itself, of a plugin whose examples would harm the other tasks.
+    """
 
     name: str
     title: Mapping[Lang, str]
@@ -24,6 +27,7 @@ class TaskAbility:
     examples: tuple[Example, ...]
     models: tuple[str, ...] = ()
     routed_right: float | None = None
+    not_routed: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

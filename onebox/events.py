@@ -71,7 +71,8 @@ class Step:
 class Routed:
     """The router's decision. `probabilities` maps each task to a share of 1; `ms` is the time it took.
 
-    `steps` describes a plan of more than one task, in the order of execution.
+    `steps` describes a plan of more than one task, in the order of execution; `declined` says that the message asks for
+    what cannot be done here.
     """
 
     task: str
@@ -82,6 +83,7 @@ class Routed:
     cues: tuple[Cue, ...] = ()
     ask: bool = False
     steps: tuple[Step, ...] = ()
+    declined: bool = False
     kind: Literal["routed"] = "routed"
 
 

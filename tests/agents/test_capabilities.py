@@ -6,7 +6,7 @@ import httpx
 import pytest
 
 from agents.capabilities import Pace
-from agents.router_head import QUALITY
+from agents.reader.reader import QUALITY
 from onebox.client import Client
 from onebox.testing import collect, text_of
 from plugins.chat import Chat

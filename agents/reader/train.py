@@ -1,0 +1,198 @@
+"""Trains the reader on labelled messages. torch is needed here and nowhere at run time.
+
+The same data gives the same weights on the same kind of processor.
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional as F
+
+from agents.labelled import Labelled
+from agents.reader.encoding import encode
+from agents.reader.net import Net, pad
+from agents.reader.pieces import Pieces
+from agents.reader.plans import POOLS, STOP, UNSUPPORTED, numbers
+from agents.reader.source import WIDTH, Source
+
+BATCH: Final = 32
+RATE: Final = 1.5e-3
+HEAD_RATE: Final = 5e-4
+WARM_UP: Final = 50
+SMOOTHING: Final = 0.05
+PLAN_WEIGHT: Final = 1.0
+UNSUPPORTED_WEIGHT: Final = 0.5
+REPEATED: Final = 2  # times a request for several steps is seen in an epoch
+FIRST_STEPS: Final = 12
+PROBED: Final = 2000
+PROBE_STEPS: Final = 400
+PROBE_BATCH: Final = 256
+PROBE_RATE: Final = 3e-3
+
+
+@dataclass(slots=True)
+class Example:
+    """A message in pieces, its plan in numbers, and whether it asks for what cannot be done (None: not known).
+
+    `states` is what the lower layers make of it, a row for each piece, once that has been worked out.
+    """
+
+    ids: torch.Tensor
+    plan: tuple[int, ...]
+    unsupported: bool | None
+    states: torch.Tensor | None = None
+
+
+def examples(pieces: Pieces, items: Sequence[Labelled]) -> list[Example]:
+    """Labelled messages as training takes them."""
+    return [
+        Example(torch.from_numpy(encode(pieces, item.messages).ids), tuple(numbers(item.plan)), item.unsupported)
+        for item in items
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Course:
+    """So many rounds of the messages at a part of the full rate; `fresh` begins with a net that knows nothing."""
+
+    rounds: int
+    rate: float
+    fresh: bool
+
+
+# The second course takes in the plain messages (`later`), of which the first has seen none.
+FIRST: Final = Course(5, 1.0, True)
+SECOND: Final = Course(2, 0.4, False)
+
+
+def fresh(source: Source) -> Net:
+    """A net that has learned nothing; always the same."""
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(2)
+    return Net(source)
+
+
+def train(
+    net: Net,
+    known: Sequence[Example],
+    course: Course,
+    *,
+    steps: int | None = None,
+    after: Callable[[Net, int], None] | None = None,
+) -> list[float]:
+    """Take `net` through a course; the losses of its first steps.
+
+    `steps` ends it early, `after` is called after each round.
+    """
+    torch.manual_seed(0)
+    random.seed(0)
+    heads = {id(parameter) for parameter in net.heads()}
+    body = [parameter for parameter in net.parameters() if id(parameter) not in heads]
+    rates = (course.rate * RATE, course.rate * HEAD_RATE)
+    optimizer = torch.optim.AdamW(
+        [{"params": body, "lr": rates[0]}, {"params": net.heads(), "lr": rates[1]}], weight_decay=0.01
+    )
+    seen = [one for one in known for _ in range(REPEATED if one.plan[1] != STOP else 1)]
+    if course.fresh:
+        _probe(net.eval(), known)
+    net.train()
+    total, step = course.rounds * math.ceil(len(seen) / BATCH), 0
+    losses: list[float] = []
+    for turn in range(course.rounds):
+        for some in _batches(seen):
+            if step == steps:
+                return losses
+            factor = min(1.0, (step + 1) / WARM_UP) * (1 - step / total)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+            loss = _loss(net, net(*_states(net, some)), some)
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+            step += 1
+            if len(losses) < FIRST_STEPS:
+                losses.append(round(loss.item(), 4))
+        if after is not None:
+            after(net.eval(), turn)
+            net.train()
+    net.eval()
+    return losses
+
+
+def scores(net: Net, known: Sequence[Example]) -> NDArray[np.float32]:
+    """The net's scores of each message."""
+    found = np.zeros((len(known), UNSUPPORTED + 1), dtype=np.float32)
+    with torch.no_grad():
+        for some in _alike(known):
+            found[some] = net(*_states(net, [known[index] for index in some])).numpy()
+    return found
+
+
+def _probe(net: Net, known: Sequence[Example]) -> None:
+    """Learn the answers alone on what the pretrained layers make of some messages: a start from which the layers learn
+    what is missing and not what is known (Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features").
+    """
+    some = random.sample(list(known), min(PROBED, len(known)))
+    means = torch.empty(len(some), POOLS, WIDTH)
+    with torch.no_grad():
+        for places in _alike(some):
+            means[places] = net.pooled(*_states(net, [some[place] for place in places]))
+    net.middle.copy_(means[:, 0].mean(0))
+    net.spread.copy_(means[:, 0].std(0))
+    means = (means - net.middle) / net.spread
+    optimizer = torch.optim.Adam(net.heads(), lr=PROBE_RATE)
+    for _ in range(PROBE_STEPS):
+        chosen = random.sample(range(len(some)), min(PROBE_BATCH, len(some)))
+        loss = _loss(net, net.answer(means[chosen]), [some[place] for place in chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def _loss(net: Net, found: torch.Tensor, some: Sequence[Example]) -> torch.Tensor:
+    plans = torch.tensor([one.plan for one in some])
+    first, second, third = net.slots(found, plans)
+    loss = F.cross_entropy(first, plans[:, 0], label_smoothing=SMOOTHING)
+    loss = loss + PLAN_WEIGHT * F.cross_entropy(second, plans[:, 1])
+    going = plans[:, 1] != STOP
+    if going.any():
+        loss = loss + PLAN_WEIGHT * F.cross_entropy(third[going], plans[going, 2], reduction="sum") / len(some) * 3
+    said = torch.tensor([one.unsupported is not None for one in some])
+    truth = torch.tensor([float(bool(one.unsupported)) for one in some])
+    judged = F.binary_cross_entropy_with_logits(found[said, UNSUPPORTED], truth[said])
+    return loss + UNSUPPORTED_WEIGHT * judged
+
+
+def _states(net: Net, some: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:
+    if missing := [one for one in some if one.states is None]:
+        found = net.lower(*pad([one.ids for one in missing])).half()
+        for one, row in zip(missing, found, strict=True):
+            one.states = row[: len(one.ids)].clone()
+    states, real = pad([one.states for one in some if one.states is not None], 0)
+    return states.float(), real
+
+
+def _alike(known: Sequence[Example]) -> Iterator[list[int]]:
+    """The examples' places, in batches of like length."""
+    order = sorted(range(len(known)), key=lambda index: len(known[index].ids))
+    for start in range(0, len(order), 2 * BATCH):
+        yield order[start : start + 2 * BATCH]
+
+
+def _batches(seen: Sequence[Example]) -> Iterator[list[Example]]:
+    """Batches in random order, each of texts of like length."""
+    order = random.sample(list(seen), len(seen))
+    batches: list[list[Example]] = []
+    for start in range(0, len(order), 20 * BATCH):
+        near = sorted(order[start : start + 20 * BATCH], key=lambda example: len(example.ids))
+        batches += [near[at : at + BATCH] for at in range(0, len(near), BATCH)]
+    random.shuffle(batches)
+    yield from batches

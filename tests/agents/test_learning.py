@@ -1,0 +1,90 @@
+"""Learning from corrections: a habit is picked up at once, nothing else is harmed, and harm is refused."""
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from agents.golden import golden
+from agents.labelled import HABITS, HELD_OUT, Labelled, read_labelled
+from agents.learning import Learned, features_of
+from agents.reader.plans import TASKS
+from agents.reader.reader import shared_reader
+from agents.router import Router
+from onebox.labels import Label
+from onebox.messages import user
+
+
+def habit(name: str) -> list[Labelled]:
+    records = [json.loads(line) for line in HABITS.read_text(encoding="utf-8").splitlines()]
+    return [item for item, record in zip(read_labelled([HABITS]), records, strict=True) if record["habit"] == name]
+
+
+def label(number: int, item: Labelled, was: tuple[str, ...] = ("qa",)) -> Label:
+    return Label(f"label_{number}", float(number), "reroute", item.messages, item.plan, was)
+
+
+def right(items: list[Labelled], learned: Learned, tenant: str) -> float:
+    readings = [learned.taught(shared_reader().read(item.messages), tenant) for item in items]
+    return float(np.mean([one.task == item.task for one, item in zip(readings, items, strict=True)]))
+
+
+@pytest.mark.parametrize("name", ["zh-tidy", "en-actions", "zh-terms", "en-estimate"])
+def test_forty_corrections_of_a_habit_raise_it_and_harm_nothing_else(name: str) -> None:
+    items, others = habit(name), read_labelled([HELD_OUT])
+    learned, reasons = Learned.of((), {"a": [label(number, item) for number, item in enumerate(items[:40])]})
+    assert reasons == {}
+    nothing = Learned()
+    assert right(items[40:], learned, "a") >= right(items[40:], nothing, "a") + 0.03
+    assert right(others, learned, "a") >= right(others, nothing, "a") - 0.01
+
+
+def test_what_one_tenant_teaches_is_not_what_another_gets() -> None:
+    items = habit("zh-terms")
+    labels = [label(number, item) for number, item in enumerate(items[:40])]
+    learned, _ = Learned.of((), {"a": labels})
+    assert right(items[40:], learned, "b") == right(items[40:], Learned(), "b")
+    shared, _ = Learned.of(labels, {})
+    assert right(items[40:], shared, "b") == pytest.approx(right(items[40:], learned, "a"), abs=0.05)
+
+
+def test_labels_that_would_harm_other_messages_are_not_used_and_say_so() -> None:
+    """Somebody says "chat" to everything that is asked here."""
+    asked = [item for item in read_labelled([HELD_OUT]) if item.task in {"qa", "reason", "translate", "write"}]
+    wrong = [Label(f"label_{n}", float(n), "api", item.messages, ("chat",)) for n, item in enumerate(asked)]
+    learned, reasons = Learned.of(wrong, {})
+    assert len(reasons) > 0.5 * len(wrong)
+    assert all("golden" in reason for reason in reasons.values())
+    others = [item for item in read_labelled([HELD_OUT]) if item.task == "summarize"]
+    assert right(others, learned, "") >= right(others, Learned(), "") - 0.06
+
+
+def test_label_of_a_plugin_is_not_the_heads_to_learn() -> None:
+    item = habit("zh-terms")[0]
+    learned, reasons = Learned.of([Label("label_1", 1.0, "api", item.messages, ("rhyme",))], {})
+    assert "plugin" in reasons["label_1"]
+    assert right([item], learned, "") == right([item], Learned(), "")
+
+
+async def test_corrected_plan_is_taken_over_for_the_same_message() -> None:
+    router = Router()
+    text = "Notes of the harbour meeting, you know what to do: the crane is late, the pier is closed, Ann pays."
+    before = await router.route([user(text)])
+    plan = (before.plan[0], "translate") if before.plan[0] != "translate" else ("translate", "write")
+    await router.learn([], {"a": [Label("label_1", 1.0, "plan", (user(text),), plan, before.plan)]})
+    assert (await router.route([user(text)], tenant="a")).plan == plan
+    assert (await router.route([user(text)], tenant="b")).plan == before.plan
+    await router.learn([], {})
+    assert (await router.route([user(text)], tenant="a")).plan == before.plan
+
+
+def test_golden_messages_are_those_of_every_task() -> None:
+    assert set(Counter(golden().tasks.tolist())) == set(range(len(TASKS)))
+
+
+def test_features_of_a_message_are_its_state_and_its_words() -> None:
+    vector = shared_reader().read([user("整理一下")]).vector
+    one, other = features_of(vector, "整理一下会议记录"), features_of(vector, "a reply to my landlord")
+    assert np.linalg.norm(one - other) > 1
+    assert np.allclose(one[: len(vector)], other[: len(vector)])
