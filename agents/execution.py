@@ -354,7 +354,8 @@ class Execution:
             )
             if len(plan) > 1:
                 messages = (*messages[:-1], user(request_of(steps, index, asked, previous)))
-            task = Task(messages, params, request.sampling if last else Sampling(seed=request.sampling.seed))
+            sampling = request.sampling if last else Sampling(seed=request.sampling.seed)
+            task = Task(messages, params, sampling, routed.declined)
             with self._measured(plugin.name):
                 async with aclosing(plugin.run(task, context)) as events:
                     async for event in events:

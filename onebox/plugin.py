@@ -49,12 +49,14 @@ class Task:
     """One piece of work.
 
     `messages` is the conversation, oldest first, the request last; `params` is an instance of the plugin's
-    own `Params`; `sampling` is what the caller asked of the engine.
+    own `Params`; `sampling` is what the caller asked of the engine; `declined` says that the router takes it for a
+    request for what cannot be done here.
     """
 
     messages: tuple[Message, ...]
     params: TaskParams
     sampling: "Sampling"
+    declined: bool = False
 
     @property
     def text(self) -> str:

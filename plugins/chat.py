@@ -1,13 +1,15 @@
 """Small talk, and honesty about what this box is: a language model that predicts text and does nothing else.
 
-Small models forget that and make up the weather even when told not to (tried with 0.5B parameters). So a short message
-that asks for live data, for an action or for the box's abilities is answered without the engine; in a longer one the
-fact travels with the message.
+Small models forget that and make up the weather even when told not to (tried with 0.5B parameters). So what the router
+declines, and a short message that plainly asks for live data, an action or the box's abilities, is answered without the
+engine; in a longer one the fact travels with the message.
 """
 
 import re
+import tomllib
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
+from importlib.resources import files
 from typing import ClassVar, Final
 
 from onebox.capabilities import Capabilities
@@ -15,7 +17,7 @@ from onebox.events import Event, TextDelta
 from onebox.messages import user
 from onebox.plugin import Context, Example, Lang, Plugin, Task
 from plugins.history import stream_reply
-from plugins.language import language_named, reply_lang
+from plugins.language import LanguageDetector, language_named, reply_lang
 from plugins.prompts import Prompts
 
 TEMPERATURE: Final = 0.7
@@ -83,16 +85,20 @@ class Chat(Plugin):
 
     def __init__(self) -> None:
         self._prompts = Prompts(self.name)
+        self._declined: Mapping[str, Mapping[str, str]] = tomllib.loads(
+            (files("plugins.prompts") / "declined.toml").read_text(encoding="utf-8")
+        )
+        self._detector = LanguageDetector()
 
     async def run(self, task: Task, ctx: Context) -> AsyncGenerator[Event, None]:
         """The next line of the conversation."""
         lang = reply_lang(task.text)
         fact = next((name for name, pattern in _FACTS if pattern.search(task.text)), None)
-        if fact and len(task.text) <= SHORT:
-            if fact == "abilities":
-                yield TextDelta(self._abilities(await ctx.capabilities(), lang))
-            else:
-                yield TextDelta(self._prompts.text(f"{fact}_reply", lang))
+        if task.declined or (fact in {"live", "action"} and len(task.text) <= SHORT):
+            yield TextDelta(self._no(task.text, fact))
+            return
+        if fact == "abilities" and len(task.text) <= SHORT:
+            yield TextDelta(self._abilities(await ctx.capabilities(), lang))
             return
         request = f"{task.text}\n{self._prompts.text(fact, lang)}" if fact else task.text
         messages = [*task.messages[:-1], user(request)]
@@ -100,6 +106,12 @@ class Chat(Plugin):
         async with aclosing(stream_reply(ctx, task, rules, temperature=TEMPERATURE, messages=messages)) as deltas:
             async for delta in deltas:
                 yield delta
+
+    def _no(self, text: str, fact: str | None) -> str:
+        """An honest no, and what is possible instead, in the language of the request."""
+        language = self._detector.detect(text)
+        texts = self._declined.get(language.code if language is not None else "en", self._declined["en"])
+        return texts.get(fact or "other", texts["other"])
 
     def _abilities(self, known: Capabilities, lang: Lang) -> str:
         """The object of `GET /v1/capabilities` in words."""
