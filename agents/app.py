@@ -8,7 +8,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from agents.api import capabilities, chat, conversations, feedback, health, models, responses, tasks
+from agents.api import capabilities, chat, conversations, feedback, health, labels, models, responses, tasks
 from agents.api.replies import error_response
 from agents.gateway import open_gateway
 from agents.middleware import Entrance
@@ -39,7 +39,7 @@ def create_app(settings: Settings, place: Place | None = None) -> FastAPI:
             yield
 
     app = FastAPI(title="Onebox", version=__version__, lifespan=lifespan, redoc_url=None, strict_content_type=False)
-    for module in (chat, responses, tasks, models, capabilities, conversations, feedback, health):
+    for module in (chat, responses, tasks, models, capabilities, conversations, feedback, labels, health):
         app.include_router(module.router)
     app.add_middleware(Entrance)
     app.add_middleware(Observed)

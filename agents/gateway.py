@@ -12,10 +12,13 @@ from fastapi import Request
 
 from agents.admission import Admission
 from agents.conversations import Conversations
+from agents.corrections import Corrections
 from agents.engine_metrics import EngineMetrics
 from agents.engines import Engines
 from agents.executor import Executor
 from agents.keys import Keys, Principal
+from agents.label_feed import LabelFeed
+from agents.labels import Labels
 from agents.metrics import Metrics
 from agents.router import Router
 from agents.runs import Runs
@@ -47,6 +50,9 @@ class Gateway:
     metrics: Metrics
     engine_metrics: EngineMetrics
     tracer: Tracer
+    labels: Labels
+    feed: LabelFeed
+    corrections: Corrections
 
 
 @asynccontextmanager
@@ -65,11 +71,27 @@ async def open_gateway(
                 for name, client in zip(spec.models, engines.clients(), strict=True):
                     client.announce(admission.queue(name))
                 executor = Executor(settings, plugins, router, engines, store, metrics, admission, tracer)
-                conversations = Conversations(store)
-                async with Runs(settings, store, executor, conversations) as runs:
-                    keys = Keys(settings, store)
-                    shown = EngineMetrics(engines.clients())
-                    yield Gateway(settings, store, keys, engines, conversations, executor, runs, metrics, shown, tracer)
+                conversations, labels = Conversations(store), Labels(store, settings.learning)
+                async with (
+                    Runs(settings, store, executor, conversations) as runs,
+                    LabelFeed(store, labels, router) as feed,
+                    Corrections(labels, conversations) as corrections,
+                ):
+                    yield Gateway(
+                        settings=settings,
+                        store=store,
+                        keys=Keys(settings, store),
+                        engines=engines,
+                        conversations=conversations,
+                        executor=executor,
+                        runs=runs,
+                        metrics=metrics,
+                        engine_metrics=EngineMetrics(engines.clients()),
+                        tracer=tracer,
+                        labels=labels,
+                        feed=feed,
+                        corrections=corrections,
+                    )
     finally:
         await warming
         await store.close()

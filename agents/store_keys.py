@@ -4,6 +4,8 @@ from typing import Final
 
 TENANTS: Final = "onebox:tenants"
 SEARCHER: Final = "onebox:searcher"  # the worker that looks for lost runs just now
+LABELS_VERSION: Final = "onebox:{labels}:version"  # counts the changes of labels
+LABELS_CHANGED: Final = "onebox:{labels}:changed"  # tenants by the version at which their labels last changed
 
 
 class ConversationKeys:
@@ -29,6 +31,15 @@ class RunKeys:
         self.events = f"{self.run}:events"
         self.journal = f"{self.run}:journal"
         self.leases = f"onebox:{{{tenant}}}:leases"
+
+
+class LabelKeys:
+    """The Redis keys of a tenant's labels."""
+
+    def __init__(self, tenant: str) -> None:
+        self.labels = f"onebox:{{{tenant}}}:labels"
+        self.order = f"{self.labels}:order"
+        self.learning = f"onebox:{{{tenant}}}:learning"
 
 
 def conversation_index(tenant: str) -> str:

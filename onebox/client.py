@@ -18,6 +18,7 @@ from pydantic import JsonValue, TypeAdapter, ValidationError
 
 from onebox.capabilities import Capabilities
 from onebox.chat_events import chat_events
+from onebox.client_labels import LabelCalls
 from onebox.errors import EngineFailed, Internal, ModelLoading, OneboxError, Timeout, Unavailable, from_code
 from onebox.events import (
     Completed,
@@ -67,6 +68,7 @@ class Client:
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=64, keepalive_expiry=30.0),
             trust_env=False,
         )
+        self.labels = LabelCalls(self._call, self._open)
 
     async def __aenter__(self) -> Self:
         return self

@@ -12,6 +12,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from onebox.errors import SetupError
+from onebox.labels import Learning
 
 PREFIX = "ONEBOX_"
 # The launcher's mark on its processes, and the folder of models that tests share.
@@ -174,8 +175,15 @@ class Settings(BaseSettings):
     plugins: tuple[str, ...] = Field(
         ("summarize", "translate", "qa", "reason", "write", "chat"), description="Plugins that may load (JSON list)."
     )
-    router_threshold: float = Field(0.6, ge=0, le=1, description="Below this confidence the router asks the engine.")
-    router_engine: bool = Field(True, description="Let the router ask the engine when it is unsure.")
+    router_threshold: float = Field(0.6, ge=0, le=1, description="Below this confidence the router asks back.")
+    router_engine: bool = Field(
+        False, description="Let the router ask the engine when it is unsure; see docs/router.md for when that helps."
+    )
+    learning: Learning = Field(
+        "off",
+        description="What is learned from users' corrections where a tenant has not chosen: nothing (`off`), for the "
+        "`tenant` alone, for everybody (`global`).",
+    )
 
     @field_validator("engine_door_ports")
     @classmethod

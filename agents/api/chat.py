@@ -82,6 +82,8 @@ async def complete(
     if (body.n or 1) > 1:
         return JsonReply(lambda: _several(gateway, request, body), count_error)
     started = await gateway.runs.start(request, turn_of(body.onebox.conversation, body.onebox, messages), idempotency)
+    if body.onebox.regenerate:
+        gateway.corrections.chosen_again(request, started)
     if body.stream:
         chunks = _chunks(gateway.runs, started, body, count_error=count_error)
         return StreamReply(chunks, count_error, gateway.settings)

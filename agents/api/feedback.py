@@ -22,4 +22,5 @@ async def rate(
 ) -> Response:
     """Keep it, or take it back with null."""
     await gateway.conversations.rate(principal.tenant, body.conversation, body.run_id, body.value)
+    gateway.corrections.rated(principal.tenant, body.conversation, body.run_id, body.value)
     return json_response({"conversation": body.conversation, "run_id": body.run_id, "value": body.value})

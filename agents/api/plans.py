@@ -38,10 +38,12 @@ async def change_plan(gateway: Gateway, tenant: str, run_id: str, plan: Sequence
     record = await gateway.runs.record(tenant, run_id)
     chosen = check_plan(gateway.executor.plugins, plan, record.request.params)
     current: tuple[str, ...] = ()
+    decided: Routed | None = None
     begun = 0
     for event in await gateway.runs.events(tenant, run_id):
         if isinstance(event, Routed | Replanned):
             current = event.plan
+            decided = event if isinstance(event, Routed) else decided
         elif isinstance(event, StepStarted):
             begun = event.index + 1
     if record.state != "running" or begun >= len(current):
@@ -55,4 +57,5 @@ async def change_plan(gateway: Gateway, tenant: str, run_id: str, plan: Sequence
         )
     if not await gateway.runs.replan(tenant, run_id, chosen):
         raise Conflict("The run has ended. Send the message again with the plan wanted.")
+    gateway.corrections.replanned(record, decided, chosen)
     return chosen

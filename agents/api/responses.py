@@ -65,6 +65,8 @@ async def create(
         extra=fields.to_extra(),
     )
     started = await gateway.runs.start(request, turn_of(body.conversation_id, body.onebox, messages), idempotency)
+    if body.onebox.regenerate:
+        gateway.corrections.chosen_again(request, started)
     encoder = ResponseEncoder(
         started.run_id, started.created, fields, background=request.background, streamed=bool(body.stream)
     )
