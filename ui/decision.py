@@ -5,11 +5,16 @@ Every value put into markup is escaped.
 
 from collections.abc import Sequence
 from html import escape
+from typing import Final
 
+from onebox.labels import Learning
 from onebox.plans import steps_of
 from onebox.records import TaskInfo, Turn, Variant
 from ui.reply import PENDING, Update
 from ui.strings import Strings
+
+AROUND: Final = 24  # characters shown around the words that decided
+ASKED: Final = 2  # other tasks offered where the router was not sure
 
 
 def attributes(**values: str) -> str:
@@ -32,11 +37,13 @@ def chip(turn: Turn, index: int, tasks: Sequence[TaskInfo], words: Strings, conv
     unsure = bool(variant.route and variant.route.ask)
     mark = f'<span class="ob-unsure" title="{escape(words.unsure)}">?</span>' if unsure else ""
     if last and turn.id != PENDING and tasks and variant.state != "running":
-        rows = "".join(_other_task(variant, task, words) for task in tasks)
+        rows = "".join(_other_task(variant, task, words) for task in tasks) + _why(turn.user, variant, words)
         parts.append(
             f'<details class="ob-chip"><summary title="{escape(words.chip_hint)}">{escape(name)}{mark}</summary>'
             f'<div class="ob-menu"><p>{escape(words.chip_again)}</p>{rows}</div></details>'
         )
+        if unsure:
+            parts.append(_ask_back(variant, tasks, words))
     elif name:
         parts.append(f'<span class="ob-chip"><span class="ob-pill">{escape(name)}{mark}</span></span>')
     total = len(turn.variants)
@@ -85,6 +92,25 @@ def plan(variant: Variant, tasks: Sequence[TaskInfo], words: Strings, live: Upda
     return f'<ol class="ob-plan" aria-label="{escape(words.plan)}">{"".join(rows)}</ol>'
 
 
+def noted(label_id: str, words: Strings) -> str:
+    """That the visitor's correction of this decision was noted, and the way to undo that."""
+    undo = f'<button type="button" {attributes(ob="unlearn", id=label_id)}>{escape(words.noted_undo)}</button>'
+    return f'<p class="ob-noted">{escape(words.noted)} {undo}</p>'
+
+
+def learning_box(learning: Learning | None, words: Strings) -> str:
+    """The box to tick for learning from corrections; nothing where it is not known what is chosen."""
+    if learning is None:
+        return ""
+    on = learning != "off"
+    data = attributes(ob="learning", to="off" if on else "tenant")
+    return (
+        f'<button type="button" role="checkbox" aria-checked="{str(on).lower()}" class="ob-quiet ob-learn" '
+        f'title="{escape(words.learn_hint)}" aria-label="{escape(words.learn)}" {data}>'
+        f'<i aria-hidden="true"></i><span>{escape(words.learn)}</span></button>'
+    )
+
+
 def _edit_plan(variant: Variant, plan: Sequence[str], label: str, sign: str) -> str:
     data = attributes(ob="plan", run=variant.run_id, plan=",".join(plan))
     return f'<button type="button" title="{escape(label)}" aria-label="{escape(label)}" {data}>{sign}</button>'
@@ -93,6 +119,34 @@ def _edit_plan(variant: Variant, plan: Sequence[str], label: str, sign: str) -> 
 def _percent(share: float) -> str:
     """Never a full 100 %: a router is not that sure of anything."""
     return "> 99 %" if share >= 0.995 else f"{100 * share:.0f} %"
+
+
+def _why(text: str, variant: Variant, words: Strings) -> str:
+    """The words of the message that decided, each with a little around it."""
+    cues = sorted(variant.route.cues, key=lambda cue: cue.start) if variant.route else []
+    cues = [cue for cue in cues if text[cue.start : cue.end] == cue.text]
+    if not cues:
+        return ""
+    pieces, at = [], 0
+    for cue in cues:
+        start = max(cue.start - AROUND, at)
+        pieces.append(f"{'… ' if start > at else ''}{escape(text[start : cue.start])}<mark>{escape(cue.text)}</mark>")
+        at = cue.end
+    rest = escape(text[at : at + AROUND]) + (" …" if len(text) > at + AROUND else "")
+    return f'<p class="ob-why">{escape(words.chip_why)}</p><p class="ob-cues">{"".join(pieces)}{rest}</p>'
+
+
+def _ask_back(variant: Variant, tasks: Sequence[TaskInfo], words: Strings) -> str:
+    """The likeliest other tasks as buttons, where the router was not sure."""
+    shares = variant.route.probabilities if variant.route else {}
+    known = {task.name: task for task in tasks}
+    others = sorted((name for name in shares if name in known and name != variant.task), key=lambda name: -shares[name])
+    buttons = "".join(
+        f'<button type="button" {attributes(ob="route", task=name)}>'
+        f"{escape(task_title(name, (known[name],), words))}</button>"
+        for name in others[:ASKED]
+    )
+    return f'<span class="ob-ask">{escape(words.ask_back)} {buttons}</span>' if buttons else ""
 
 
 def _other_task(variant: Variant, task: TaskInfo, words: Strings) -> str:

@@ -8,7 +8,6 @@ being written, the script asks for it (`onebox_follow`) once the conversation is
 import logging
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import aclosing
-from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 from uuid import uuid4
@@ -16,16 +15,18 @@ from uuid import uuid4
 import gradio as gr
 from gradio.components import Component
 from gradio.components.chatbot import Message, MessageDict
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from onebox.client import Client
 from onebox.errors import OneboxError, UnknownConversation
 from onebox.records import Conversation, ConversationSummary, Readiness, TaskInfo
 from ui import render
+from ui.box import Boot, Box, Outcome
 from ui.chat import Ask, Chat
 from ui.commands import Command, UnknownCommand, parse_command
 from ui.decision import task_title
 from ui.layout import Layout
+from ui.learning import Learnt
 from ui.reply import Update
 from ui.strings import Strings, pick_language, strings
 
@@ -41,39 +42,13 @@ BOOT_JS = "() => [JSON.stringify({c: new URLSearchParams(location.search).get('c
 Outputs = dict[Component, object]
 
 
-class Boot(BaseModel):
-    """What the browser tells at load."""
-
-    c: str | None = None
-    lang: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """How an exchange ended. `restore` belongs back into the box; `notice` tells why nothing was sent. `left`: the
-    session looks at something else by now."""
-
-    update: Update | None = None
-    restore: str = ""
-    notice: str = ""
-    left: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Box:
-    """What the API said about itself at the last load."""
-
-    tasks: tuple[TaskInfo, ...]
-    rows: tuple[ConversationSummary, ...]
-    readiness: Readiness
-
-
 class Page(Layout):
     """Event handlers over one client, and the components they draw on."""
 
     def __init__(self, client: Client, chat: Chat) -> None:
         self._client = client
         self._chat = chat
+        self._learnt = Learnt(client)
         self._tasks: tuple[TaskInfo, ...] = ()
         super().__init__()
         with self.blocks:
@@ -139,6 +114,7 @@ class Page(Layout):
         try:
             self._tasks = tuple(await self._client.tasks())
             rows = (await self._client.conversations(limit=LIST_LENGTH)).data
+            await self._learnt.look()
         except OneboxError:
             logger.info("The API cannot be read yet", exc_info=True)
             return Box(self._tasks, (), Readiness(False, readiness.store, readiness.engine))
@@ -208,13 +184,17 @@ class Page(Layout):
         current = conversation.id if conversation else None
         return {
             self.side: render.sidebar(rows, current, words),
-            self.top: render.topbar((conversation.title or "") if conversation else "", words),
+            self.top: self._top(conversation, words),
             self.hello: "" if conversation else render.welcome(self._tasks, words),
             self.chatbot: self._drawn(conversation, words, shown, live),
             self.current: current or "",
             self.shown: dict(shown),
             self.beacon: render.beacon(conversation, words, announce, over=live is not None),
         }
+
+    def _top(self, conversation: Conversation | None, words: Strings) -> str:
+        title = conversation.title if conversation else None
+        return render.topbar(title or "", words, self._learnt.learning)
 
     def _drawn(
         self, conversation: Conversation | None, words: Strings, shown: Mapping[str, int], live: Update | None = None
@@ -226,7 +206,7 @@ class Page(Layout):
             variant = turn.variants[render.shown_variant(turn, shown)] if turn.variants else None
             thumb = variant.feedback if variant else None
             thumbs.append(thumb.capitalize() if thumb else None)
-        value = render.messages(conversation, self._tasks, words, shown, live)
+        value = render.messages(conversation, self._tasks, words, shown, live, self._learnt.labels)
         # Gradio's type of a message names no ready-made component parts, which it takes and which cost it less.
         return gr.Chatbot(value=cast(list[MessageDict | Message], value), feedback_value=thumbs)
 
@@ -331,7 +311,8 @@ class Page(Layout):
                 if conversation and conversation.turns:
                     shown = {key: value for key, value in shown.items() if key != conversation.turns[-1].id}
                 if conversation is not None:
-                    outputs[self.chatbot] = render.messages(conversation, self._tasks, words, shown, update)
+                    drawn = render.messages(conversation, self._tasks, words, shown, update, self._learnt.labels)
+                    outputs[self.chatbot] = drawn
                 elif update.waiting_s is not None:
                     outputs[self.chatbot] = render.pending(text, update, words)
                 if not update.running:
@@ -371,6 +352,7 @@ class Page(Layout):
         return {**outputs, **self._opened(conversation, words, shown, await self._rows(), update, announce)}
 
     async def _rows(self) -> tuple[ConversationSummary, ...]:
+        await self._learnt.look()
         try:
             return (await self._client.conversations(limit=LIST_LENGTH)).data
         except OneboxError:
@@ -396,6 +378,13 @@ class Page(Layout):
                 case "plan":
                     await self._client.replan(str(event.run), str(event.plan).split(","))
                     return {self.notice: ""}
+                case "learning":
+                    await self._learnt.choose(str(event.to))
+                    opened = await self._client.conversation(current) if current else None
+                    return {self.top: self._top(opened, words), self.notice: ""}
+                case "unlearn":
+                    await self._learnt.undo(str(event.id))
+                    return {self.chatbot: self._drawn(await self._client.conversation(current), words, shown)}
                 case "rename":
                     await self._client.rename_conversation(str(event.id), str(event.title).strip() or words.untitled)
                 case "delete":

@@ -9,8 +9,9 @@ from html import escape
 from typing import Literal, TypedDict
 
 from onebox.events import Check, Queued, Stopped
+from onebox.labels import Learning
 from onebox.records import Conversation, ConversationSummary, Problem, Readiness, TaskInfo, Turn
-from ui.decision import attributes, chip, plan, task_title
+from ui.decision import attributes, chip, learning_box, noted, plan, task_title
 from ui.reply import Update, running_variant
 from ui.strings import Strings
 
@@ -54,10 +55,12 @@ def messages(
     words: Strings,
     shown: Mapping[str, int],
     live: Update | None = None,
+    labels: Mapping[str, str] | None = None,
 ) -> list[ChatMessage]:
     """Two messages per turn: message 2i is the user's of turn i, 2i+1 the answer on display.
 
-    `live` adds what only the running exchange knows to the last turn.
+    `live` adds what only the running exchange knows to the last turn; `labels` maps runs that were corrected to the
+    labels made of that.
     """
     result: list[ChatMessage] = []
     for number, turn in enumerate(conversation.turns):
@@ -66,6 +69,8 @@ def messages(
         index = shown_variant(turn, shown)
         if turn.variants:
             content = _answer(turn, index, tasks, words, live if last else None, conversation.id if last else None)
+            if label := (labels or {}).get(turn.variants[index].run_id):
+                content.insert(1, _html(noted(label, words)))
         else:
             content = list[TextPart | HtmlPart]([_html(_note(words.stopped))])
         result.append(_message("assistant", content))
@@ -279,12 +284,13 @@ def _sidebar_row(row: ConversationSummary, current: bool, words: Strings) -> str
     )
 
 
-def topbar(title: str, words: Strings) -> str:
-    """Title of the conversation, language and theme."""
+def topbar(title: str, words: Strings, learning: Learning | None = None) -> str:
+    """Title of the conversation, learning, language and theme."""
     other = "en" if words.lang == "zh" else "zh"
     return (
         f'<div class="ob-top"><button type="button" class="ob-icon ob-burger" {attributes(ob_local="sidebar")} '
         f'aria-label="{escape(words.open_sidebar)}">☰</button><span class="ob-title">{escape(title)}</span>'
+        f"{learning_box(learning, words)}"
         f'<button type="button" class="ob-quiet" lang="{other}" {attributes(ob_local="language", lang=other)}>'
         f"{escape(words.other_language)}</button>"
         f'<button type="button" class="ob-icon" {attributes(ob_local="theme")} '

@@ -37,9 +37,15 @@ class Strings:
     raw: str
     chip_hint: str
     chip_again: str
+    chip_why: str
+    ask_back: str
     plan: str
     plan_remove: str
     plan_up: str
+    learn: str
+    learn_hint: str
+    noted: str
+    noted_undo: str
     chip_chosen: str
     unsure: str
     variant: str
@@ -113,9 +119,15 @@ EN = Strings(
     raw="Model",
     chip_hint="Task of this reply. Open to answer it as another task.",
     chip_again="Answer as…",
+    chip_why="Words that decided",
+    ask_back="Or did you mean",
     plan="Steps of this reply",
     plan_remove="Leave this step out",
     plan_up="Do this step earlier",
+    learn="Learn from my corrections",
+    learn_hint="Picking another task or changing the steps teaches the router about messages like this one.",
+    noted="Noted for messages like this",
+    noted_undo="Undo",
     chip_chosen="your choice",
     unsure="The router was not sure",
     variant="{number} / {total}",
@@ -191,9 +203,15 @@ ZH = Strings(
     raw="模型",
     chip_hint="这条回复的任务。点开可换一种任务重新回答。",
     chip_again="换一种任务回答…",
+    chip_why="起决定作用的词",
+    ask_back="或者你是想",
     plan="这条回复的步骤",
     plan_remove="去掉这一步",
     plan_up="提前这一步",
+    learn="从我的更正中学习",
+    learn_hint="换一种任务或改动步骤后，路由会记住，类似的消息照此处理。",
+    noted="已记住，以后类似的消息照此处理",
+    noted_undo="撤销",
     chip_chosen="手动选择",
     unsure="路由不太确定",
     variant="{number} / {total}",

@@ -79,6 +79,16 @@ async def ask(page: Page, text: str) -> str:
     return await page.locator(TEXT).last.inner_text()
 
 
+async def reroute(page: Page, task: str, variants: str) -> None:
+    """Have the last message answered as another task, and stop that reply too."""
+    await page.click(".ob-chip summary")
+    await page.click(f".ob-menu [data-task={task}]")
+    await expect(page.locator(".ob-variants")).to_contain_text(variants)
+    await expect(page.locator(TEXT).last).not_to_be_empty()
+    await page.click("#ob-stop")
+    await until_done(page)
+
+
 def conversation(stack: Stack, page: Page) -> dict[str, object]:
     found: dict[str, object] = httpx.get(
         f"{stack.api_url}/v1/conversations/{page.url.split('?c=')[1]}", headers=stack.headers
@@ -508,3 +518,30 @@ async def test_steps_of_a_plan_are_listed_and_those_to_come_can_be_taken_out(ope
     assert route["plan"] == ["summarize", "write"]
     await page.reload()
     await expect(page.locator("#ob-chat .ob-plan li")).to_have_count(2)
+
+
+async def test_correction_is_noted_where_the_visitor_wants_that_and_can_be_undone(
+    open_page: Open, stack: Stack
+) -> None:
+    def labels() -> list[dict[str, object]]:
+        found: list[dict[str, object]] = httpx.get(f"{stack.api_url}/v1/labels", headers=stack.headers).json()["data"]
+        return found
+
+    page = await open_page()
+    box = page.get_by_role("checkbox", name="Learn from my corrections")
+    await expect(box).not_to_be_checked()
+    await ask(page, "Why is the sea salty?")
+    await reroute(page, "reason", "2 / 2")
+    await expect(page.locator(".ob-noted")).to_have_count(0)
+    await box.click()
+    await expect(box).to_be_checked()
+    await reroute(page, "write", "3 / 3")
+    await expect(page.locator(".ob-noted")).to_contain_text("Noted for messages like this")
+    assert [label["plan"] for label in labels()] == [["write"]]
+    await page.reload()
+    await expect(box).to_be_checked()
+    await page.locator(".ob-noted").get_by_role("button", name="Undo").click()
+    await expect(page.locator(".ob-noted")).to_have_count(0)
+    assert labels() == []
+    await box.click()
+    await expect(box).not_to_be_checked()

@@ -1,6 +1,8 @@
+from dataclasses import replace
+
 import pytest
 
-from onebox.events import Queued, Routed, Stopped
+from onebox.events import Cue, Queued, Routed, Stopped
 from onebox.records import Conversation, ConversationSummary, Problem, TaskInfo, Turn, Variant
 from ui import render
 from ui.reply import Update
@@ -49,6 +51,24 @@ def test_chip_names_task_and_certainty_in_the_pages_language_and_offers_the_othe
     assert "翻译 · 97 %" in markup
     assert 'data-ob="route" data-task="qa"' in markup
     assert "Translate · 97 %" in _markup(render.messages(conversation, TASKS, EN, {}))
+
+
+def test_words_that_decided_are_marked_in_what_the_user_wrote() -> None:
+    text = "Please translate <b>this</b> into French, thanks"
+    cues = (Cue("French", 34, 40, 0.4), Cue("translate", 7, 16, 0.9))
+    route = replace(ROUTE, cues=cues)
+    conversation = Conversation("c", turns=(Turn("t", text, variants=(Variant("r", "x", "translate", route),)),))
+    markup = _markup(render.messages(conversation, TASKS, EN, {}))
+    assert "Please <mark>translate</mark> &lt;b&gt;this&lt;/b&gt; into <mark>French</mark>, thanks" in markup
+
+
+def test_unsure_router_asks_back_with_buttons_of_the_likeliest_other_tasks() -> None:
+    for ask in (True, False):
+        route = replace(ROUTE, ask=ask, probabilities={"translate": 0.5, "qa": 0.4})
+        conversation = Conversation("c", turns=(Turn("t", "q", variants=(Variant("r", "x", "translate", route),)),))
+        markup = _markup(render.messages(conversation, TASKS, ZH, {}))
+        assert ("或者你是想" in markup) is ask
+        assert markup.count('data-ob="route" data-task="qa"') == (2 if ask else 1)
 
 
 def test_variant_picked_with_the_arrows_is_shown_instead_of_the_last() -> None:
