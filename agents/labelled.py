@@ -10,7 +10,7 @@ from onebox.messages import Message
 
 DATA: Final = Path(__file__).parent / "data"
 TRAINING: Final = ("zh.jsonl", "en.jsonl", "other.jsonl", "plans.jsonl")
-LATER: Final = "plain.jsonl"
+LATER: Final = ("plain.jsonl", "edges.jsonl")  # what each further course of training adds
 GOLDEN: Final = DATA / "golden.jsonl"
 GOLDEN_PLANS: Final = DATA / "golden_plans.jsonl"
 HELD_OUT: Final = DATA / "held_out.jsonl"
@@ -52,11 +52,11 @@ def read_labelled(paths: Sequence[Path]) -> list[Labelled]:
     return found
 
 
-def first_course() -> list[Labelled]:
-    """The messages that training begins with."""
-    return read_labelled([DATA / name for name in TRAINING])
+def course_data(number: int) -> list[Labelled]:
+    """The messages of a course of training, from 0: those it begins with, and what the courses since have added."""
+    return read_labelled([DATA / name for name in (*TRAINING, *LATER[:number])])
 
 
 def training_data() -> list[Labelled]:
     """All labelled messages that the shipped weights are trained on."""
-    return read_labelled([DATA / name for name in (*TRAINING, LATER)])
+    return course_data(len(LATER))

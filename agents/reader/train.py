@@ -63,12 +63,11 @@ class Course:
 
     rounds: int
     rate: float
-    fresh: bool
+    fresh: bool = False
 
 
-# The second course takes in the plain messages (`later`), of which the first has seen none.
-FIRST: Final = Course(5, 1.0, True)
-SECOND: Final = Course(2, 0.4, False)
+# Each takes in what was labelled since the one before (`agents.labelled.LATER`).
+COURSES: Final = (Course(5, 1.0, fresh=True), Course(2, 0.4), Course(1, 0.4))
 
 
 def fresh(source: Source) -> Net:

@@ -18,6 +18,7 @@ from agents.reader.plans import STOP, TASKS, numbers
 from agents.reader.reader import Calibration, Reader, Weights
 from agents.reader.source import Source
 from agents.reader.why import snap
+from agents.train_router import LIKE, digest, first_losses
 from onebox.messages import assistant, user
 
 LONG = "The ferry stops in November. Repairs to the pier cost more than planned. " * 20
@@ -123,8 +124,7 @@ def test_words_of_steps_are_neighbours_that_meet_at_the_end_of_a_clause() -> Non
 
 
 def test_shipped_weights_are_what_the_data_gives() -> None:
-    from agents.train_router import digest, first_losses
-
+    """Other messages make other batches, whose losses differ by whole units; another processor differs by a little."""
     stored = Weights.load()
     assert str(stored.arrays["digest"]) == digest()
-    assert np.allclose(stored["losses"], first_losses(), atol=0.02)
+    assert first_losses() == pytest.approx(stored["losses"].tolist(), rel=LIKE, abs=LIKE)
