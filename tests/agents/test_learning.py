@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from agents.golden import golden
-from agents.labelled import HABITS, HELD_OUT, Labelled, read_labelled
+from agents.labelled import GOLDEN, HABITS, HELD_OUT, Labelled, read_labelled
 from agents.learning import Learned, features_of
 from agents.reader.plans import TASKS
 from agents.reader.reader import shared_reader
@@ -50,14 +50,13 @@ def test_what_one_tenant_teaches_is_not_what_another_gets() -> None:
 
 
 def test_labels_that_would_harm_other_messages_are_not_used_and_say_so() -> None:
-    """Somebody says "chat" to everything that is asked here."""
-    asked = [item for item in read_labelled([HELD_OUT]) if item.task in {"qa", "reason", "translate", "write"}]
+    """Somebody says "chat" to whatever is asked, the golden messages among it."""
+    asked = [item for item in read_labelled([GOLDEN]) if item.task in {"qa", "reason", "translate", "write"}]
     wrong = [Label(f"label_{n}", float(n), "api", item.messages, ("chat",)) for n, item in enumerate(asked)]
     learned, reasons = Learned.of(wrong, {})
-    assert len(reasons) > 0.5 * len(wrong)
+    assert len(reasons) > 0.25 * len(wrong)
     assert all("golden" in reason for reason in reasons.values())
-    others = [item for item in read_labelled([HELD_OUT]) if item.task == "summarize"]
-    assert right(others, learned, "") >= right(others, Learned(), "") - 0.06
+    assert right(read_labelled([GOLDEN]), learned, "") >= right(read_labelled([GOLDEN]), Learned(), "") - 0.02
 
 
 def test_label_of_a_plugin_is_not_the_heads_to_learn() -> None:
