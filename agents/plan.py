@@ -27,7 +27,7 @@ def _read(path: Path) -> dict[str, str]:
 
 _PATTERNS: Final = _read(Path(__file__).parent / "data" / "steps.toml")
 _JOINT: Final = re.compile(
-    rf"(?:[,;.，。；、!！]\s*)?(?:{_PATTERNS['then']}|{_PATTERNS['also']})\s*|[,;，；。.!！]\s*|\n\s*",
+    rf"(?:[,;.，。；、!！]\s*)?(?:{_PATTERNS['then']}|{_PATTERNS['also']})\s*|[,;，；。.!！]\s*|\n\s*|[:：]\s*",
     FLAGS,
 )
 _TASKS: Final = {
@@ -62,7 +62,9 @@ def describe(instruction: Instruction, message: str, plan: Sequence[str]) -> tup
 
 
 def _clauses(instruction: Instruction, tasks: Sequence[str]) -> list[_Clause]:
-    """The clauses that name a task; one that names none belongs to the clause before it."""
+    """The clauses that name a task; one that names none belongs to the clause before it, but not what a colon begins:
+    that is the text that the steps work on.
+    """
     found: list[_Clause] = []
     for segment in instruction.segments:
         joints = [
@@ -75,6 +77,8 @@ def _clauses(instruction: Instruction, tasks: Sequence[str]) -> list[_Clause]:
             task = _task(text, first=not found)
             if task is not None and task in tasks:
                 found.append(_Clause(task, segment.start + joint, segment.start + end))
+            elif segment.text[joint:begin].strip() in {":", "："}:
+                break
             elif found and text.strip() and found[-1].end == segment.start + joint:
                 found[-1] = replace(found[-1], end=segment.start + end)
     return found
@@ -92,7 +96,7 @@ def _joined(clauses: Sequence[_Clause]) -> list[_Clause]:
 
 
 def _as_step(clause: _Clause, message: str, index: int) -> Step:
-    words = message[clause.start : clause.end].strip(" \n\t,;.，。；、")
+    words = message[clause.start : clause.end].strip(" \n\t,;.:，。；：、")
     return Step(clause.task, "previous" if index else "message", words, clause.start, clause.end)
 
 

@@ -268,7 +268,7 @@ def _steps(reading: Reading, text: str, plan: Sequence[str]) -> tuple[Step, ...]
         return steps
     worded = []
     for step, (start, end) in zip(steps, spans, strict=True):
-        words = text[start:end].strip(" \n\t,;.，。；、")
+        words = text[start:end].strip(" \n\t,;.:，。；：、")
         worded.append(replace(step, words=words, start=start, end=end))
     return tuple(worded)
 

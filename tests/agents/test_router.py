@@ -24,6 +24,7 @@ from agents.reader.plans import TASKS
 from agents.reader.reader import QUALITY, shared_reader
 from agents.router import Router
 from agents.scoring import Judged, expected_calibration_error
+from agents.steps import request_of
 from agents.train_router import quality
 from onebox.errors import Unavailable
 from onebox.events import Event, TextDelta
@@ -183,6 +184,16 @@ async def test_two_things_in_a_row_are_a_plan_and_decoys_are_not(
     assert decision.task == plan[0]
     assert [step.task for step in decision.steps] == list(plan if len(plan) > 1 else ())
     assert all(step.words and step.words in text for step in decision.steps)
+
+
+async def test_text_behind_a_colon_is_what_the_first_step_works_on(router: Router) -> None:
+    for text in (
+        "先翻译成中文再告诉我谁赢了：The Lions beat the Bears 3-1.",
+        f"Summarise this and put it into French: {NEWS}",
+    ):
+        steps = (await router.route([user(text)])).steps
+        assert text[-20:] in request_of(steps, 0, text, "")
+        assert text[-20:] not in steps[1].words
 
 
 @pytest.mark.parametrize(
