@@ -16,6 +16,7 @@ from agents.reader.plans import TASKS
 from agents.reader.reader import WEIGHTS, Reading
 from agents.reader.source import Floats
 
+HARM: Final = 0.005  # of the golden messages, which nothing that is learned later may cost
 ANCHORS: Final = WEIGHTS.with_name("anchors.npz")
 
 

@@ -16,7 +16,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.golden import golden, training
+from agents.golden import HARM, golden, training
 from agents.reader.plans import COUNT, TASKS, softmax
 from agents.reader.reader import Reading, shared_reader
 from agents.reader.source import Floats
@@ -30,7 +30,6 @@ WORDS_SCALE: Final = 1.0
 LABEL_WEIGHT: Final = 4.0
 RIDGE: Final = 0.02
 STEPS: Final = 80
-HARM: Final = 0.005
 STRENGTHS: Final = (1.0, 0.7, 0.5)
 SAME: Final = 0.93  # likeness from which a corrected plan is taken for a message's own
 _RUN: Final = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]+|[^\W\u3040-\u30ff\u3400-\u9fff]+")

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.encoder import DIMENSIONS, Encoder
-from agents.golden import golden
+from agents.golden import HARM, golden
 from agents.instruction import Instruction, split_instruction
 from onebox.plugin import Example, Plugin
 
@@ -21,7 +21,6 @@ from onebox.plugin import Example, Plugin
 MIDPOINT: Final = 0.62
 STEEPNESS: Final = 18.0
 SHARE_MAX: Final = 0.97
-HARM: Final = 0.005
 EMBEDDED_CHARS: Final = 180
 
 logger = logging.getLogger(__name__)

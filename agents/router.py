@@ -203,7 +203,7 @@ class Router(BaseDecisionModel):
 
     def _judge(self, messages: Sequence[Message], tenant: str) -> tuple[Reading, dict[str, float]]:
         reading = self._learned.taught(shared_reader().read(messages), tenant)
-        known = {task: float(p) for task, p in zip(TASKS, reading.probabilities, strict=True) if task in self._tasks}
+        known = {task: share for task, share in reading.shares.items() if task in self._tasks}
         if self._match is not None:
             taken = self._match.shares(reading.instruction)
             rest = max(0.0, 1.0 - sum(taken.values()))

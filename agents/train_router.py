@@ -56,8 +56,7 @@ def first_losses() -> list[float]:
 
 def judged(items: Sequence[Labelled], readings: Sequence[Reading]) -> Judged:
     """How readings fit labels."""
-    shares: list[dict[str, float]] = [dict(zip(TASKS, one.probabilities.tolist(), strict=True)) for one in readings]
-    return Judged.of([item.task for item in items], shares)
+    return Judged.of([item.task for item in items], [one.shares for one in readings])
 
 
 def quality(items: Sequence[Labelled], readings: Sequence[Reading]) -> dict[str, object]:

@@ -13,9 +13,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from agents.reader.source import HEADS, WIDTH, Floats
+from agents.reader.source import EPSILON, HEADS, WIDTH, Floats
 
-EPSILON: Final = 1e-12
 OPSET: Final = 20
 IR_VERSION: Final = 10
 MICROSOFT: Final = "com.microsoft"

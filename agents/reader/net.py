@@ -16,13 +16,12 @@ from torch.nn import functional as F
 
 from agents.reader.encoding import LENGTH
 from agents.reader.plans import ANSWERS, COLUMNS, COUNT, POOL_OF, POOLS
-from agents.reader.source import HEADS, INNER, WIDTH, Source
+from agents.reader.source import EPSILON, HEADS, INNER, WIDTH, Source
 
 LAYERS: Final = 8
 FROZEN: Final = 2
 RANK: Final = 16
 PAD: Final = 1
-EPSILON: Final = 1e-12
 DROPOUT: Final = 0.1
 
 

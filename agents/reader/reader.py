@@ -18,12 +18,11 @@ from agents.reader.encoding import LENGTH, encode
 from agents.reader.graph import Layer, Layers
 from agents.reader.pieces import Pieces
 from agents.reader.plans import COLUMNS, COUNT, POOL_OF, STOP, TASKS, UNSUPPORTED, softmax
-from agents.reader.source import INNER, WIDTH, Floats, Source
+from agents.reader.source import EPSILON, INNER, WIDTH, Floats, Source
 from onebox.messages import Message
 
 WEIGHTS: Final = Path(__file__).parent.parent / "data" / "reader.npz"
 QUALITY: Final = WEIGHTS.with_name("router_quality.json")
-EPSILON: Final = 1e-12
 _LOADING: Final = threading.Lock()
 SMOOTHED: Final = 0.8  # how much of an input's reach is moved into the matrix
 
@@ -60,6 +59,11 @@ class Reading:
     evidence: Floats
     vector: Floats
     instruction: Instruction
+
+    @property
+    def shares(self) -> dict[str, float]:
+        """`probabilities` by their tasks."""
+        return dict(zip(TASKS, map(float, self.probabilities), strict=True))
 
     @property
     def task(self) -> str:

@@ -23,6 +23,7 @@ MAGIC: Final = b"E5S1"
 WIDTH: Final = 384
 HEADS: Final = 12
 INNER: Final = 1536
+EPSILON: Final = 1e-12  # of every norm
 BLOCK: Final = 32
 BLOCK_BYTES: Final = 18
 

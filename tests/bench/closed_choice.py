@@ -6,7 +6,6 @@ import time
 import httpx
 
 from agents.labelled import GOLDEN, Labelled, read_labelled
-from agents.reader.plans import TASKS
 from agents.reader.reader import shared_reader
 from agents.scoring import Judged
 from tests.bench import report
@@ -22,9 +21,7 @@ async def main() -> None:
     await fetch(MODEL)
     items = read_labelled([GOLDEN])
     readings = [shared_reader().read(item.messages) for item in items]
-    alone = Judged.of(
-        [item.task for item in items], [dict(zip(TASKS, r.probabilities.tolist(), strict=True)) for r in readings]
-    )
+    alone = Judged.of([item.task for item in items], [one.shares for one in readings])
     with fresh_home() as home:
         env = {"ONEBOX_MODEL": MODEL, "ONEBOX_ROUTER_ENGINE": "true"}
         with product(home, env) as ours:

@@ -65,8 +65,7 @@ async def main() -> None:
 
 
 def _judged(items: Sequence[Labelled], readings: Sequence[Reading]) -> Judged:
-    shares = [dict(zip(TASKS, one.probabilities.tolist(), strict=True)) for one in readings]
-    return Judged.of([item.task for item in items], shares)
+    return Judged.of([item.task for item in items], [one.shares for one in readings])
 
 
 def _row(name: str, items: Sequence[Labelled], readings: Sequence[Reading]) -> tuple[str, ...]:
