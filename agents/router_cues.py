@@ -8,16 +8,27 @@ import tomllib
 from pathlib import Path
 from typing import Final
 
+_WORD: Final = r"\b"
 
-def _read(path: Path) -> dict[str, str]:
+
+def _read(path: Path) -> dict[str, list[str]]:
     alternatives: dict[str, list[str]] = tomllib.loads(path.read_text(encoding="utf-8"))
     language = f"(?:{'|'.join(alternatives['language'])})"
-    return {name: "|".join(words).replace("{language}", language) for name, words in alternatives.items()}
+    return {name: [word.replace("{language}", language) for word in words] for name, words in alternatives.items()}
 
 
 _PATTERNS: Final = _read(Path(__file__).parent / "data" / "cues.toml")
 _ASKING: Final = ("translate_verb", "summarize", "write", "reason", "explain")
 _ORDERING: Final = ("translate_verb", "summarize", "write")
 
-ANY_TASK: Final = re.compile("|".join(_PATTERNS[name] for name in _ASKING) + r"|[?？؟]\s*$")
-ORDER: Final = re.compile("|".join(_PATTERNS[name] for name in _ORDERING) + r"|[?？؟]\s*$")
+
+def _any_of(names: tuple[str, ...]) -> re.Pattern[str]:
+    """One pattern for all; what begins with a word is tried where a word begins, and nowhere else."""
+    found = [word for name in names for word in _PATTERNS[name]]
+    words = "|".join(word.removeprefix(_WORD) for word in found if word.startswith(_WORD))
+    others = "|".join(word for word in found if not word.startswith(_WORD))
+    return re.compile(rf"{_WORD}(?:{words})|{others}|[?？؟]\s*$")
+
+
+ANY_TASK: Final = _any_of(_ASKING)
+ORDER: Final = _any_of(_ORDERING)

@@ -17,6 +17,8 @@ UNKNOWN: Final = 3
 LINE_END: Final = 3  # a line's end is read as a piece of its own
 LONGEST: Final = 16
 SPACE: Final = "▁"
+LINE: Final = "\n"
+_BOUNDS: Final = (SPACE, LINE)  # a piece goes past none
 _PRIME: Final = np.uint64(0x9E3779B97F4A7C15)
 _UNKNOWN_COST: Final = 10.0
 
@@ -51,55 +53,41 @@ class Pieces:
     def split(self, text: str, offset: int = 0) -> list[Piece]:
         """The pieces of `text`; spans count from `offset`. Blanks are part of the word that follows."""
         normal, places = _normalize(text)
+        words, where = _words(normal)
         found: list[Piece] = []
-        start = 0
-        for line in normal.split("\n"):
-            if start and (not found or found[-1].id != LINE_END):
-                at = offset + places[start - 1]
-                found.append(Piece(LINE_END, at, at + 1))
-            found += self._line(line, places[start : start + len(line) + 1], offset)
-            start += len(line) + 1
-        return found
-
-    def _line(self, line: str, places: list[int], offset: int) -> list[Piece]:
-        words, where = _words(line)
-        size = len(words)
-        if not size:
-            return []
-        codes = np.frombuffer(words.encode("utf-32-le"), np.uint32).astype(np.uint64)
-        hashes, lengths, starts = [], [], []
-        rolled = np.zeros(size, np.uint64)
-        for length in range(1, min(LONGEST, size) + 1):
-            rolled = rolled[: size - length + 1] * _PRIME + codes[length - 1 :]
-            hashes.append(rolled)
-            lengths.append(np.full(len(rolled), length))
-            starts.append(np.arange(len(rolled)))
-        wanted = np.concatenate(hashes)
-        at = np.minimum(np.searchsorted(self._hashes, wanted), len(self._hashes) - 1)
-        known = self._hashes[at] == wanted
-        at = at[known]
-        begins, spans = np.concatenate(starts)[known], np.concatenate(lengths)[known]
-        order = np.argsort(begins, kind="stable")
-        cut = self._cheapest(
-            size, begins[order].tolist(), spans[order].tolist(), self._ids[at[order]], self._scores[at[order]]
-        )
-        found: list[Piece] = []
-        for number, start, end in cut:
-            left, right = start, end
-            while left < right and where[left] < 0:
+        for number, start, end in self._cut(words):
+            left = start
+            while left < end and where[left] < 0:
                 left += 1
             # A mark alone stands where its word begins.
             first = offset + places[where[left]]
-            last = offset + places[where[right - 1] + 1] if left < right else first
-            if number == UNKNOWN and found and found[-1].id == UNKNOWN and found[-1].end == first:
-                found[-1] = Piece(UNKNOWN, found[-1].start, last)
-            else:
-                found.append(Piece(number, first, last))
+            last = offset + places[where[end - 1] + 1] if left < end else first
+            found.append(Piece(number, first, last))
         return found
 
+    def _cut(self, words: str) -> list[tuple[int, int, int]]:
+        """The likeliest cut of `words`: number, start and end of each piece. None goes past a word's end."""
+        size = len(words)
+        codes = np.zeros(size + LONGEST, np.uint64)
+        codes[:size] = np.frombuffer(words.encode("utf-32-le"), np.uint32)
+        hashes = np.zeros((size, LONGEST), np.uint64)
+        rolled = np.zeros(size, np.uint64)
+        for place in range(LONGEST):
+            rolled = rolled * _PRIME + codes[place : size + place]
+            hashes[:, place] = rolled
+        bounds = [index for index, char in enumerate(words) if char in _BOUNDS]
+        ends = np.array([*bounds, size])[np.searchsorted(bounds, np.arange(size), side="right")]
+        begins, lengths = np.nonzero(np.arange(1, LONGEST + 1) <= (ends - np.arange(size))[:, None])
+        wanted = hashes[begins, lengths]
+        at = np.minimum(np.searchsorted(self._hashes, wanted), len(self._hashes) - 1)
+        known = self._hashes[at] == wanted
+        at, begins, lengths = at[known], begins[known], lengths[known]
+        return self._cheapest(words, begins.tolist(), (lengths + 1).tolist(), self._ids[at], self._scores[at])
+
     def _cheapest(
-        self, size: int, begins: list[int], spans: list[int], ids: NDArray[np.int32], scores: NDArray[np.float32]
+        self, words: str, begins: list[int], spans: list[int], ids: NDArray[np.int32], scores: NDArray[np.float32]
     ) -> list[tuple[int, int, int]]:
+        size = len(words)
         best = [-1e18] * (size + 1)
         back: list[tuple[int, int]] = [(UNKNOWN, 0)] * (size + 1)
         best[0] = 0.0
@@ -115,10 +103,15 @@ class Pieces:
                 index += 1
             if not single and here + self._unknown > best[start + 1]:
                 best[start + 1], back[start + 1] = here + self._unknown, (UNKNOWN, start)
-        cut, end = [], size
+        cut: list[tuple[int, int, int]] = []
+        end = size
         while end > 0:
             number, start = back[end]
-            cut.append((number, start, end))
+            # What is unknown is one piece as long as it goes on, but for the ends of lines.
+            if number == UNKNOWN and cut and cut[-1][0] == UNKNOWN and LINE not in (words[start], words[end]):
+                cut[-1] = (UNKNOWN, start, cut[-1][2])
+            else:
+                cut.append((number, start, end))
             end = start
         return cut[::-1]
 
@@ -142,12 +135,20 @@ def _normalize(text: str) -> tuple[str, list[int]]:
     return "".join(out), places
 
 
-def _words(line: str) -> tuple[str, list[int]]:
-    """`line` with a mark before each word for the blanks there, and where each character comes from (a mark: -1)."""
-    out, where, blank = [], [], True
-    for index, char in enumerate(line):
+def _words(text: str) -> tuple[str, list[int]]:
+    """`text` with a mark before each word for the blanks there, and where each character comes from (a mark: -1).
+
+    A line's end stays, once however many lines are empty.
+    """
+    out: list[str] = []
+    where: list[int] = []
+    blank = True
+    for index, char in enumerate(text):
         if char.isspace():
             blank = True
+            if char == LINE and (not out or out[-1] != LINE):
+                out.append(LINE)
+                where.append(index)
             continue
         if blank:
             out.append(SPACE)
