@@ -17,6 +17,7 @@ from agents.reader.reader import WEIGHTS, Reading
 from agents.reader.source import Floats
 
 HARM: Final = 0.005  # of the golden messages, which nothing that is learned later may cost
+TASK_HARM: Final = 0.015  # of those of one task: one message of seventy
 ANCHORS: Final = WEIGHTS.with_name("anchors.npz")
 
 
@@ -35,11 +36,12 @@ class Anchors:
         lost = taken > np.exp(self.scores).max(1) * (1 - taken)
         return float((right & lost).mean())
 
-    def harm(self, offsets: Floats) -> float:
-        """The share of the messages that changed scores would cost, less what they would win."""
+    def harmed(self, offsets: Floats) -> bool:
+        """Whether changed scores would cost more messages, of all or of one task, than they may."""
         before = self.scores.argmax(1) == self.tasks
-        after = (self.scores + offsets).argmax(1) == self.tasks
-        return float(before.mean() - after.mean())
+        lost = before.astype(int) - ((self.scores + offsets).argmax(1) == self.tasks)
+        tasks = [lost[self.tasks == task].mean() for task in np.unique(self.tasks)]
+        return bool(lost.mean() > HARM or max(tasks) > TASK_HARM)
 
 
 @cache

@@ -16,7 +16,7 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from agents.golden import HARM, golden, training
+from agents.golden import golden, training
 from agents.reader.plans import COUNT, TASKS, softmax
 from agents.reader.reader import Reading, shared_reader
 from agents.reader.source import Floats
@@ -27,10 +27,10 @@ LATEST: Final = 500  # labels of a tenant that are used
 BUCKETS: Final = 4096
 STATE_SCALE: Final = 1.0
 WORDS_SCALE: Final = 1.0
-LABEL_WEIGHT: Final = 4.0
+LABEL_WEIGHT: Final = 2.0
 RIDGE: Final = 0.02
 STEPS: Final = 80
-STRENGTHS: Final = (1.0, 0.7, 0.5)
+STRENGTHS: Final = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4)
 SAME: Final = 0.93  # likeness from which a corrected plan is taken for a message's own
 _RUN: Final = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]+|[^\W\u3040-\u30ff\u3400-\u9fff]+")
 _OLD: Final = f"Only the newest {LATEST} labels of a tenant are used."
@@ -161,7 +161,7 @@ class _Lesson:
         weights = self._fit(count)
         moved = _golden_features() @ weights
         for strength in STRENGTHS:
-            if golden().harm(strength * moved) <= HARM:
+            if not golden().harmed(strength * moved):
                 return np.asarray(strength * weights, np.float32)
         return None
 
