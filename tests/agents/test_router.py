@@ -1,9 +1,6 @@
-"""The router: what it decides, how it says why, and what is asked of the data behind it."""
+"""The router: what it decides and how it says why."""
 
 import asyncio
-import json
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import entry_points
@@ -19,13 +16,12 @@ from langchain_core.runnables import RunnableLambda
 
 from agents.encoder import Encoder
 from agents.instruction import normalize, split_instruction
-from agents.labelled import GOLDEN, GOLDEN_PLANS, HELD_OUT, read_labelled, training_data
+from agents.labelled import GOLDEN, GOLDEN_PLANS, HELD_OUT, read_labelled
 from agents.reader.plans import TASKS
-from agents.reader.reader import QUALITY, shared_reader
+from agents.reader.reader import shared_reader
 from agents.router import Router
-from agents.scoring import Judged, expected_calibration_error
+from agents.scoring import Judged
 from agents.steps import request_of
-from agents.train_router import quality
 from onebox.errors import Unavailable
 from onebox.events import Event, TextDelta
 from onebox.messages import Message, assistant, user
@@ -362,82 +358,6 @@ def test_word_vectors_left_on_disk_give_the_same_embedding(tmp_path: Path) -> No
     texts = ["写一首诗", "sum it up"]
     assert np.array_equal(plain.embed(texts), lean.embed(texts))
     assert len(list(tmp_path.iterdir())) == 1
-
-
-def test_neither_language_nor_length_nor_first_character_tells_the_task() -> None:
-    items = training_data()
-    for key in (
-        lambda item: item.lang,
-        lambda item: len(item.messages[-1].text).bit_length(),
-        lambda item: (item.lang, item.messages[-1].text[:1].lower()),
-    ):
-        groups: dict[object, list[str]] = {}
-        for item in items:
-            groups.setdefault(key(item), []).append(item.task)
-        guessed = sum(max(tasks.count(task) for task in TASKS) for tasks in groups.values() if len(tasks) > 4)
-        seen = sum(len(tasks) for tasks in groups.values() if len(tasks) > 4)
-        assert guessed / seen < 0.5
-
-
-def test_there_is_data_for_every_language_and_enough_of_it() -> None:
-    items = training_data()
-    share = {lang: sum(item.lang == lang for item in items) / len(items) for lang in {item.lang for item in items}}
-    assert len(items) >= 3000
-    assert share["zh"] >= 0.45
-    assert share["en"] >= 0.30
-    assert set(share) == {"zh", "en", "fr", "es", "de", "ja", "ko", "ru", "pt", "ar"}
-
-
-def test_test_sets_are_not_trained_on() -> None:
-    trained = {item.messages for item in training_data()}
-    assert not trained & {item.messages for item in read_labelled([GOLDEN, GOLDEN_PLANS, HELD_OUT])}
-
-
-def test_shipped_quality_is_that_of_the_shipped_weights() -> None:
-    items = read_labelled([GOLDEN])
-    measured = quality(items, [shared_reader().read(item.messages) for item in items])
-    shipped = json.loads(QUALITY.read_text(encoding="utf-8"))
-    assert measured["messages"] == shipped["messages"] == len(items)
-    assert measured["routed_right"] == pytest.approx(shipped["routed_right"], abs=0.01)
-    assert measured["surest_right"] == pytest.approx(shipped["surest_right"], abs=0.01)
-
-
-def test_training_ids_and_messages_are_unique() -> None:
-    items = training_data()
-    assert len({item.id for item in items}) == len(items)
-    assert len({item.messages for item in items}) == len(items)
-    assert {item.task for item in items} == set(TASKS)
-
-
-def test_route_command_writes_one_decision_per_line(tmp_path: Path) -> None:
-    path = tmp_path / "some.jsonl"
-    lines = [{"id": "a", "messages": [{"role": "user", "content": "写一首诗"}], "task": "write", "lang": "zh"}]
-    path.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
-    done = subprocess.run([sys.executable, "-m", "agents.route", str(path)], capture_output=True, text=True, check=True)
-    decision = json.loads(done.stdout)
-    assert decision["id"] == "a"
-    assert decision["task"] == "write"
-    assert set(decision) == {"id", "task", "probabilities", "plan", "tier", "ms"}
-    scored = subprocess.run(
-        [sys.executable, "-m", "agents.route", "--eval", str(path)], capture_output=True, text=True, check=True
-    )
-    assert "accuracy 1.0000" in scored.stdout
-
-
-def test_route_command_says_what_is_wrong_with_a_file(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "agents.route", str(tmp_path / "none.jsonl")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "Cannot route" in done.stderr
-
-
-def test_calibration_error_is_zero_for_a_router_that_knows_how_sure_it_may_be() -> None:
-    assert expected_calibration_error([0.75] * 4, [True, True, True, False]) == pytest.approx(0.0)
-    assert expected_calibration_error([0.95] * 2, [False, False]) == pytest.approx(0.95)
 
 
 async def test_messages_routed_at_once_get_the_decisions_they_get_alone() -> None:
