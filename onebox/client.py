@@ -9,13 +9,14 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from types import TracebackType
-from typing import Final, Literal, Self, TypeVar
+from typing import Final, Literal, Self
 from urllib.parse import quote
 from uuid import uuid4
 
 import httpx
-from pydantic import JsonValue, TypeAdapter, ValidationError
+from pydantic import JsonValue, TypeAdapter
 
+from onebox.answers import error_of, parsed, validated
 from onebox.capabilities import Capabilities
 from onebox.chat_events import chat_events
 from onebox.client_labels import LabelCalls
@@ -34,7 +35,6 @@ from onebox.records import Conversation, ConversationPage, Readiness, Reply, Sta
 from onebox.response_events import own_event, response_event
 from onebox.sse import NOTHING_LEFT, sse_data
 
-T = TypeVar("T")
 Feedback = Literal["like", "dislike"]
 ExportFormat = Literal["json", "markdown"]
 START_PAUSES_S: Final = (0.1, 0.5, 1.0)
@@ -42,7 +42,6 @@ FOLLOW_PAUSES_S: Final = (0.05, 0.1, 0.2, 0.5, 1.0)
 # A living stream of events is never silent for longer than the server's `ping_s`, 15 s by default.
 FOLLOW_SILENCE_S: Final = 40.0
 
-_OBJECT: TypeAdapter[dict[str, JsonValue]] = TypeAdapter(dict[str, JsonValue])
 _ROUTED: TypeAdapter[Routed] = TypeAdapter(Routed)
 _CONVERSATION: TypeAdapter[Conversation] = TypeAdapter(Conversation)
 _PAGE: TypeAdapter[ConversationPage] = TypeAdapter(ConversationPage)
@@ -240,7 +239,7 @@ class Client:
     async def tasks(self) -> list[TaskInfo]:
         """The tasks this box can do, with titles, examples and parameters."""
         data = await self._call("GET", "/v1/tasks")
-        return _validated(_TASKS, data.get("data"))
+        return validated(_TASKS.validate_python, data.get("data"))
 
     async def run_task(
         self, name: str, text: str, params: Mapping[str, JsonValue] | None = None, *, max_tokens: int | None = None
@@ -249,15 +248,15 @@ class Client:
         body: dict[str, JsonValue] = {"text": text, "params": dict(params or {})}
         if max_tokens is not None:
             body["max_tokens"] = max_tokens
-        return _validated(_RESULT, await self._call("POST", f"/v1/tasks/{quote(name, safe='')}", body))
+        return validated(_RESULT.validate_python, await self._call("POST", f"/v1/tasks/{quote(name, safe='')}", body))
 
     async def capabilities(self) -> Capabilities:
         """What the box can do now, how well and how fast, and what it cannot."""
-        return Capabilities.from_json(await self._call("GET", "/v1/capabilities"))
+        return validated(Capabilities.from_json, await self._call("GET", "/v1/capabilities"))
 
     async def route(self, text: str) -> Routed:
         """The router's decision on `text`, without the work."""
-        return _validated(_ROUTED, await self._call("POST", "/v1/route", {"text": text}))
+        return validated(_ROUTED.validate_python, await self._call("POST", "/v1/route", {"text": text}))
 
     async def conversations(
         self, *, limit: int = 50, cursor: str | None = None, query: str | None = None
@@ -265,7 +264,7 @@ class Client:
         """The newest conversations first, one page of them."""
         wanted = {"limit": str(limit), "cursor": cursor, "q": query}
         found = await self._call("GET", "/v1/conversations", query={k: v for k, v in wanted.items() if v})
-        return _validated(_PAGE, found)
+        return validated(_PAGE.validate_python, found)
 
     async def create_conversation(self, title: str | None = None) -> str:
         """The id of a new, empty conversation."""
@@ -274,7 +273,7 @@ class Client:
 
     async def conversation(self, conversation_id: str) -> Conversation:
         """A conversation with all its turns and variants."""
-        return _validated(_CONVERSATION, await self._call("GET", _conversation_path(conversation_id)))
+        return validated(_CONVERSATION.validate_python, await self._call("GET", _conversation_path(conversation_id)))
 
     async def rename_conversation(self, conversation_id: str, title: str) -> None:
         """Give a conversation another title."""
@@ -300,7 +299,7 @@ class Client:
             response = await self._http.get("/readyz", timeout=5.0)
         except httpx.TransportError:
             return Readiness(ready=False, store="unknown", engine="unknown", detail="The API does not answer.")
-        return _validated(_READINESS, _parsed(response.content))
+        return validated(_READINESS.validate_python, parsed(response.content))
 
     async def _events_after(self, run_id: str, after: int) -> AsyncGenerator[tuple[int, Event], None]:
         """What one connection gives; it raises where the stream breaks off, and returns where nothing is left."""
@@ -314,7 +313,7 @@ class Client:
             async for payload in payloads:
                 if payload == NOTHING_LEFT:
                     return
-                data = _parsed(payload)
+                data = parsed(payload)
                 if isinstance(error := data.get("error"), dict):
                     raise from_code(str(error.get("code")), str(error.get("message")))
                 number, event = response_event(data)
@@ -334,7 +333,7 @@ class Client:
     ) -> dict[str, JsonValue]:
         async with self._open(method, path, body, query, headers) as response:
             content = await response.aread()
-            return _parsed(content) if content else {}
+            return parsed(content) if content else {}
 
     @asynccontextmanager
     async def _open(
@@ -353,7 +352,7 @@ class Client:
                 method, path, json=body, params=query or None, headers=headers, timeout=timeout
             ) as response:
                 if response.status_code >= 400:
-                    raise _error_of(response, await response.aread())
+                    raise error_of(response, await response.aread())
                 yield response
         except httpx.TimeoutException as error:
             if isinstance(error, httpx.ConnectTimeout):
@@ -375,35 +374,6 @@ def _run_path(run_id: str) -> str:
 
 def _unreachable(base_url: httpx.URL) -> Unavailable:
     return Unavailable(f"The API at {base_url} does not answer; it may still be starting. Try again in a moment.")
-
-
-def _validated(adapter: TypeAdapter[T], value: JsonValue) -> T:
-    return adapter.validate_python(value)
-
-
-def _parsed(content: bytes) -> dict[str, JsonValue]:
-    try:
-        return _OBJECT.validate_json(content)
-    except ValidationError as error:
-        raise Internal("The API's answer is not a JSON object. Is something else listening on its address?") from error
-
-
-def _error_of(response: httpx.Response, content: bytes) -> OneboxError:
-    try:
-        error = _OBJECT.validate_json(content).get("error")
-    except ValidationError:
-        error = None
-    if not isinstance(error, dict):
-        return Internal(f"The API answered {response.status_code} without saying why. Its log has the cause.")
-    retry_after = response.headers.get("retry-after", "")
-    found = from_code(
-        str(error.get("code")),
-        str(error.get("message")),
-        retry_after_s=float(retry_after) if retry_after.isdigit() else None,
-    )
-    param = error.get("param")
-    found.param = param if isinstance(param, str) else None
-    return found
 
 
 def _chat_body(

@@ -8,6 +8,7 @@ from urllib.parse import quote
 import httpx
 from pydantic import JsonValue, TypeAdapter
 
+from onebox.answers import validated
 from onebox.labels import LabelPage, LabelScope, LabelState, Learning
 from onebox.messages import Message
 
@@ -49,7 +50,7 @@ class LabelCalls:
         wanted = {"limit": str(limit), "cursor": cursor}
         found = await self._call("GET", "/v1/labels", query={name: v for name, v in wanted.items() if v})
         rows, following = found.get("data"), found.get("next")
-        data = tuple(LabelState.from_json(row) for row in rows) if isinstance(rows, list) else ()
+        data = tuple(validated(LabelState.from_json, row) for row in rows) if isinstance(rows, list) else ()
         return LabelPage(data, following if isinstance(following, str) else None)
 
     async def add(
@@ -66,7 +67,7 @@ class LabelCalls:
         }
         if scope is not None:
             body["scope"] = scope
-        return LabelState.from_json(await self._call("POST", "/v1/labels", body))
+        return validated(LabelState.from_json, await self._call("POST", "/v1/labels", body))
 
     async def undo(self, label_id: str) -> None:
         """Undo a label: the router decides as if it had never been there.
@@ -83,7 +84,8 @@ class LabelCalls:
 
     async def learning(self) -> Learning:
         """What is learned from corrections: nothing ("off"), for this tenant alone, or for everybody ("global")."""
-        return _LEARNING.validate_python((await self._call("GET", "/v1/labels/learning")).get("learning"))
+        found = await self._call("GET", "/v1/labels/learning")
+        return validated(_LEARNING.validate_python, found.get("learning"))
 
     async def set_learning(self, learning: Learning) -> None:
         """Choose what is learned; with "off" the labels stay and are not used."""

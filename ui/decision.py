@@ -103,7 +103,7 @@ def learning_box(learning: Learning | None, words: Strings) -> str:
     if learning is None:
         return ""
     on = learning != "off"
-    data = attributes(ob="learning", to="off" if on else "tenant")
+    data = attributes(ob="learning", to="off" if on else "on")
     return (
         f'<button type="button" role="checkbox" aria-checked="{str(on).lower()}" class="ob-quiet ob-learn" '
         f'title="{escape(words.learn_hint)}" aria-label="{escape(words.learn)}" {data}>'
@@ -152,7 +152,7 @@ def _ask_back(variant: Variant, tasks: Sequence[TaskInfo], words: Strings) -> st
 def _other_task(variant: Variant, task: TaskInfo, words: Strings) -> str:
     title = task_title(task.name, (task,), words)
     share = variant.route.probabilities.get(task.name) if variant.route else None
-    right = f"<span>{share:.0%}</span>" if share is not None else ""
+    right = f"<span>{escape(_percent(share))}</span>" if share is not None else ""
     current = ' aria-current="true"' if task.name == variant.task else ""
     return f'<button type="button" {attributes(ob="route", task=task.name)}{current}>{escape(title)}{right}</button>'
 

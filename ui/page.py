@@ -100,7 +100,7 @@ class Page(Layout):
             show_progress="hidden", api_visibility="private", concurrency_limit=None, trigger_mode="multiple",
         )  # fmt: skip
         self.chatbot.like(
-            self.on_like, place, None,
+            self.on_like, place, [self.notice],
             show_progress="hidden", api_visibility="private", concurrency_limit=None, trigger_mode="multiple",
         )  # fmt: skip
         self.stop.click(
@@ -379,7 +379,7 @@ class Page(Layout):
                     await self._client.replan(str(event.run), str(event.plan).split(","))
                     return {self.notice: ""}
                 case "learning":
-                    await self._learnt.choose(str(event.to))
+                    await self._learnt.choose(on=event.to != "off")
                     opened = await self._client.conversation(current) if current else None
                     return {self.top: self._top(opened, words), self.notice: ""}
                 case "unlearn":
@@ -403,14 +403,19 @@ class Page(Layout):
         box = Box(self._tasks, await self._rows(), Readiness(True, "ok", "ready"))
         return await self._open(current, words, {}, box)
 
-    async def on_like(self, current: str, lang: str, shown: dict[str, int], event: gr.LikeData) -> None:
+    async def on_like(self, current: str, lang: str, shown: dict[str, int], event: gr.LikeData) -> Outputs:
         """Store a thumb."""
-        turn = (await self._client.conversation(current)).turns[_message_number(event.index) // 2]
-        variant = turn.variants[render.shown_variant(turn, shown)]
+        words = strings(lang)
         value = {True: "like", False: "dislike", "Like": "like", "Dislike": "dislike"}.get(event.liked)
-        await self._client.feedback(
-            current, variant.run_id, "like" if value == "like" else "dislike" if value == "dislike" else None
-        )
+        try:
+            turn = (await self._client.conversation(current)).turns[_message_number(event.index) // 2]
+            variant = turn.variants[render.shown_variant(turn, shown)]
+            await self._client.feedback(
+                current, variant.run_id, "like" if value == "like" else "dislike" if value == "dislike" else None
+            )
+        except OneboxError as error:
+            return {self.notice: render.notice(render.friendly(error.code, words), words)}
+        return {self.notice: ""}
 
     async def on_stop(self, current: str, request: gr.Request) -> None:
         """End the reply; whoever follows it draws its end."""

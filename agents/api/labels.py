@@ -17,7 +17,7 @@ from agents.instruction import split_instruction
 from agents.keys import Principal
 from agents.labels import is_label_id, new_label
 from agents.steps import check_plan
-from onebox.errors import Conflict, NotFound
+from onebox.errors import BadRequest, Conflict, NotFound
 from onebox.labels import Label, LabelScope, LabelState, Learning
 from plugins.language import LanguageDetector
 
@@ -78,7 +78,12 @@ async def export(gateway: TheGateway, caller: Caller) -> Response:
 async def add(body: LabelRequest, gateway: TheGateway, caller: Caller) -> Response:
     """Say what is right for a message; said again, it replaces what was said before."""
     messages = read_messages(body.messages, gateway.settings)
-    plan = check_plan(gateway.executor.plugins, body.wanted, {})
+    try:
+        plan = check_plan(gateway.executor.plugins, body.wanted, {})
+    except BadRequest as error:
+        if body.task is not None:
+            error.param = "task"
+        raise
     label = new_label(caller.tenant, "api", messages, plan, (), await _scope(gateway, caller.tenant, body.scope))
     await gateway.labels.add(caller.tenant, label)
     return json_response(_shown(gateway, label), 201)

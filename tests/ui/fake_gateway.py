@@ -81,12 +81,15 @@ class Run:
 
 class FakeGateway:
     """Knobs: `ready`, `itl_s`, `ttft_s`, `words`, `fail_at` (word number), `progress` (steps before the text),
-    `queued` (places before the run's turn), `lost_answers` (so many starts are stored, and their answers lost)."""
+    `queued` (places before the run's turn), `lost_answers` (so many starts are stored, and their answers lost),
+    `learning`, and the rows of `labels`."""
 
     def __init__(self, itl_s: float = 0.03, ttft_s: float = 0.05, words: int = 40) -> None:
         self.itl_s, self.ttft_s, self.words = itl_s, ttft_s, words
         self.ready, self.fail_at, self.progress, self.running = True, -1, 0, 0
         self.lost_answers = self.queued = 0
+        self.learning = "off"
+        self.labels: list[dict[str, Any]] = []
         self.runs: dict[str, Run] = {}
         self.keys: dict[str, str] = {}
         self.conversations: dict[str, dict[str, Any]] = {}
@@ -102,6 +105,9 @@ class FakeGateway:
                 Route("/v1/conversations/{id}", self.conversation, methods=["GET", "PATCH", "DELETE"]),
                 Route("/v1/conversations/{id}/export", self.export),
                 Route("/v1/feedback", self.feedback, methods=["POST"]),
+                Route("/v1/labels", self.labels_),
+                Route("/v1/labels/learning", self.learning_, methods=["GET", "PUT"]),
+                Route("/v1/labels/{id}", self.unlabel, methods=["DELETE"]),
                 Route("/knobs", self.knobs, methods=["GET", "POST"]),
             ]
         )
@@ -161,6 +167,21 @@ class FakeGateway:
             for variant in turn["variants"]:
                 if variant["run_id"] == body["run_id"]:
                     variant["feedback"] = body["value"]
+        return JSONResponse({})
+
+    async def labels_(self, request: Request) -> Response:
+        return JSONResponse({"data": self.labels, "next": None})
+
+    async def learning_(self, request: Request) -> Response:
+        if request.method == "PUT":
+            self.learning = (await request.json())["learning"]
+        return JSONResponse({"learning": self.learning})
+
+    async def unlabel(self, request: Request) -> Response:
+        kept = [label for label in self.labels if label["id"] != request.path_params["id"]]
+        if len(kept) == len(self.labels):
+            return error(404, "not_found", "No such label.")
+        self.labels = kept
         return JSONResponse({})
 
     async def start(self, request: Request) -> Response:

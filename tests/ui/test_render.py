@@ -53,6 +53,15 @@ def test_chip_names_task_and_certainty_in_the_pages_language_and_offers_the_othe
     assert "Translate · 97 %" in _markup(render.messages(conversation, TASKS, EN, {}))
 
 
+def test_no_task_is_ever_shown_as_fully_certain() -> None:
+    route = replace(ROUTE, probabilities={"translate": 0.998, "qa": 0.002})
+    conversation = Conversation("c", turns=(Turn("t", "q", variants=(Variant("r", "x", "translate", route),)),))
+    markup = _markup(render.messages(conversation, TASKS, EN, {}))
+    assert "Translate · &gt; 99 %" in markup
+    assert "Translate<span>&gt; 99 %</span>" in markup
+    assert "Answer<span>0 %</span>" in markup
+
+
 def test_words_that_decided_are_marked_in_what_the_user_wrote() -> None:
     text = "Please translate <b>this</b> into French, thanks"
     cues = (Cue("French", 34, 40, 0.4), Cue("translate", 7, 16, 0.9))
