@@ -30,7 +30,7 @@ def prepare_environment(settings: Settings, model: ResolvedModel) -> None:
         # OMP_WAIT_POLICY=PASSIVE 28, 220, 378. Long spinning starves the other processes of a busy machine.
         "GOMP_SPINCOUNT": "20000",
         # A fork of a process with Ray's and torch's threads may deadlock.
-        "VLLM_WORKER_MULTIPROCESSING_METHOD": "spawn",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
         "VLLM_LOGGING_LEVEL": settings.log_level.upper(),
         "VLLM_NO_USAGE_STATS": "1",
         # vLLM would send its traces by gRPC.
