@@ -23,7 +23,9 @@ from agents.reader.source import Floats
 from onebox.labels import Label
 from onebox.messages import Message
 
-LATEST: Final = 500  # labels of a tenant that are used
+LATEST: Final = 500  # labels that are used, of a tenant and of those for everybody
+LESSONS: Final = 256  # kept, so that a label teaches its own tenant anew and no other
+PARTS: Final = 16  # where labels do harm they are tried in parts as small as this share of them
 BUCKETS: Final = 4096
 STATE_SCALE: Final = 1.0
 WORDS_SCALE: Final = 1.0
@@ -33,14 +35,14 @@ STEPS: Final = 80
 STRENGTHS: Final = (1.0, 0.85, 0.7, 0.6, 0.5, 0.4)
 SAME: Final = 0.93  # likeness from which a corrected plan is taken for a message's own
 _RUN: Final = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]+|[^\W\u3040-\u30ff\u3400-\u9fff]+")
-_OLD: Final = f"Only the newest {LATEST} labels of a tenant are used."
+_OLD: Final = f"Only the newest {LATEST} labels are used."
 _HARMFUL: Final = "It would make other messages worse: the golden messages are tried each time."
 _PLUGIN: Final = "Its first task is a plugin's, whose own examples decide about it."
 
 
 @dataclass(frozen=True, slots=True)
 class _Taught:
-    """One model: what a feature adds to each task's score, and the plans of labels that have or had several steps."""
+    """One model: what a feature adds to each task's score, and the plans of labels that change the number of steps."""
 
     weights: Floats
     likes: Floats
@@ -65,11 +67,14 @@ class Learned:
     @classmethod
     def of(cls, shared: Sequence[Label], own: Mapping[str, Sequence[Label]]) -> tuple["Learned", dict[str, str]]:
         """What labels teach, and for each that is not used the reason, by its id."""
-        reasons: dict[str, str] = {}
-        everybody = _teach(shared, reasons)
+        everybody, refused = _lesson((), tuple(shared))
+        reasons = dict(refused)
+        used = tuple(label for label in shared if label.id not in reasons)
         tenants = {}
         for tenant, labels in own.items():
-            if (taught := _teach([*shared, *labels], reasons)) is not None:
+            taught, refused = _lesson(used, tuple(labels))
+            reasons |= refused
+            if taught is not None:
                 tenants[tenant] = taught
         return cls(everybody, tenants), reasons
 
@@ -81,12 +86,14 @@ class Learned:
         features = features_of(reading.vector, reading.instruction.text)
         scores = np.log(reading.probabilities + 1e-9) + features @ model.weights
         probabilities = softmax(np.asarray(scores, np.float32))
-        task, plan = TASKS[int(probabilities.argmax())], reading.plan
-        if task != reading.task:
-            plan = (task,)
+        task = TASKS[int(probabilities.argmax())]
         if (known := model.plan(features)) and known[0] == task:
             plan = known
-        return replace(reading, probabilities=probabilities, plan=plan)
+        elif task != reading.task:
+            plan = (task,)
+        else:
+            return replace(reading, probabilities=probabilities)
+        return replace(reading, probabilities=probabilities, plan=plan, chain=plan, several=float(len(plan) > 1))
 
 
 def features_of(vector: Floats, instruction: str) -> Floats:
@@ -113,30 +120,26 @@ def _count(words: Floats, piece: str) -> None:
     words[code & (BUCKETS - 1)] += 1.0 if code & 0x80000000 else -1.0
 
 
-def _teach(labels: Sequence[Label], reasons: dict[str, str]) -> _Taught | None:
-    """The model of as many of `labels`, oldest first, as do no harm."""
-    reasons |= {label.id: _PLUGIN for label in labels if label.plan[0] not in TASKS}
-    usable = sorted((label for label in labels if label.plan[0] in TASKS), key=lambda label: label.created)
+@lru_cache(maxsize=LESSONS)
+def _lesson(given: tuple[Label, ...], labels: tuple[Label, ...]) -> tuple[_Taught | None, Mapping[str, str]]:
+    """The model of `given`, known to do no harm, and of as many of `labels` as do none beside them.
+
+    Also why others of `labels` are not used, by their ids.
+    """
+    reasons = {label.id: _PLUGIN for label in labels if label.plan[0] not in TASKS}
+    usable = sorted((label for label in labels if label.id not in reasons), key=lambda label: label.created)
     reasons |= {label.id: _OLD for label in usable[:-LATEST]}
-    usable = usable[-LATEST:]
-    if not usable:
-        return None
-    lesson = _Lesson.of(usable)
-    weights = lesson.harmless(len(usable))
+    known = [*given, *usable[-LATEST:]]
+    if not known:
+        return None, reasons
+    lesson = _Lesson.of(known)
+    kept, weights = lesson.harmless(len(given))
+    reasons |= {label.id: _HARMFUL for index, label in enumerate(known) if index not in kept}
     if weights is None:
-        low, high = 0, len(usable)
-        while high - low > 1:  # the longest beginning that passes
-            middle = (low + high) // 2
-            if (found := lesson.harmless(middle)) is not None:
-                low, weights = middle, found
-            else:
-                high = middle
-        reasons |= {label.id: _HARMFUL for label in usable[low:]}
-        usable = usable[:low]
-    if weights is None:
-        return None
-    several = [index for index, label in enumerate(usable) if max(len(label.plan), len(label.was)) > 1]
-    return _Taught(weights, lesson.features[several], tuple(usable[index].plan for index in several))
+        return None, reasons
+    # What says nothing of what was decided before, as over the API, may take a step away too.
+    several = [index for index in kept if len(known[index].plan) > 1 or len(known[index].was) != 1]
+    return _Taught(weights, lesson.features[several], tuple(known[index].plan for index in several)), reasons
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,22 +159,40 @@ class _Lesson:
         likeness = features @ np.concatenate([features, _training_features()]).T
         return cls(features, np.stack([row[1] for row in rows]), tasks, likeness)
 
-    def harmless(self, count: int) -> Floats | None:
-        """What the first `count` labels teach, weakened where that is needed to do no harm; None where it never is."""
-        weights = self._fit(count)
+    def harmless(self, given: int) -> tuple[list[int], Floats | None]:
+        """The first `given` labels and those of the others that do no harm beside them, and what they teach.
+
+        All at once, as a rule; where that does harm half of them, and so on: one bad label takes few others with it.
+        """
+        kept = list(range(given))
+        weights = self._weights(kept) if kept else None
+        waiting = [list(range(given, len(self.tasks)))]
+        least = max(1, len(waiting[0]) // PARTS)
+        while waiting:
+            part = waiting.pop()
+            if part and (found := self._weights([*kept, *part])) is not None:
+                kept, weights = [*kept, *part], found
+            elif len(part) > least:
+                middle = len(part) // 2
+                waiting += [part[middle:], part[:middle]]
+        return kept, weights
+
+    def _weights(self, chosen: list[int]) -> Floats | None:
+        """What some labels teach, weakened where that is needed to do no harm; None where it never is."""
+        weights = self._fit(chosen)
         moved = _golden_features() @ weights
         for strength in STRENGTHS:
             if not golden().harmed(strength * moved):
                 return np.asarray(strength * weights, np.float32)
         return None
 
-    def _fit(self, count: int) -> Floats:
-        """The weights that the first `count` labels want, and the anchors, which want what the head says."""
-        anchors, everyone = training(), len(self.tasks)
-        across = self.likeness[:count, everyone:]
-        likeness = np.block([[self.likeness[:count, :count], across], [across.T, _training_likeness()]])
-        scores = np.concatenate([self.scores[:count], anchors.scores])
-        right = np.concatenate([np.eye(COUNT, dtype=np.float32)[self.tasks[:count]], softmax(anchors.scores)])
+    def _fit(self, chosen: list[int]) -> Floats:
+        """The weights that some labels want, and the anchors, which want what the head says."""
+        anchors, everyone, count = training(), len(self.tasks), len(chosen)
+        across = self.likeness[chosen, everyone:]
+        likeness = np.block([[self.likeness[np.ix_(chosen, chosen)], across], [across.T, _training_likeness()]])
+        scores = np.concatenate([self.scores[chosen], anchors.scores])
+        right = np.concatenate([np.eye(COUNT, dtype=np.float32)[self.tasks[chosen]], softmax(anchors.scores)])
         importance = np.ones((len(right), 1), np.float32)
         importance[:count] = LABEL_WEIGHT
         # Nesterov's steps, as long as half the largest curvature of the logistic loss allows.
@@ -182,7 +203,7 @@ class _Lesson:
             error = importance * (shares - right) + RIDGE * ahead
             following = ahead - rate * error
             ahead, duals = following + step / (step + 3) * (following - duals), following
-        taught = self.features[:count].T @ duals[:count] + _training_features().T @ duals[count:]
+        taught = self.features[chosen].T @ duals[:count] + _training_features().T @ duals[count:]
         return np.asarray(taught, np.float32)
 
 
