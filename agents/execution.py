@@ -13,6 +13,7 @@ from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, field
 from typing import Final
 
+from agents.command import split_command
 from agents.context import RunContext
 from agents.conversations import Fault, Variant
 from agents.executor import Executor
@@ -398,7 +399,8 @@ def _failed(error: OneboxError) -> Failed:
 
 def _without_command(messages: tuple[Message, ...], routed: Routed) -> tuple[Message, ...]:
     """The messages without the `/task` that chose the task, as long as there is something behind it."""
-    word, _, rest = messages[-1].text.lstrip().partition(" ")
-    if routed.tier == "explicit" and word == f"/{routed.task}" and rest.strip():
-        return (*messages[:-1], user(rest.strip()))
+    if routed.tier == "explicit" and len(routed.plan) == 1:
+        found = split_command(messages[-1].text, routed.plan)
+        if found is not None and found[1]:
+            return (*messages[:-1], user(found[1]))
     return messages

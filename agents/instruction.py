@@ -27,22 +27,15 @@ _TRADITIONAL: Final = str.maketrans(
 )
 
 _QUOTED: Final = re.compile(
-    r"```.*?```|“[^”]{2,}”|「[^」]{2,}」|『[^』]{2,}』|«[^»]{2,}»|„[^“”]{2,}[“”]|\"[^\"\n]{2,}\"|《[^》]{2,}》"
+    # None of them goes past another one's beginning: thousands that never end would each be followed to the text's end.
+    r"```.*?```|“[^“”]{2,}”|「[^「」]{2,}」|『[^『』]{2,}』|«[^«»]{2,}»|„[^„“”]{2,}[“”]|\"[^\"\n]{2,}\"|《[^《》]{2,}》"
     r"|(?:(?<=\s)|^)'[^'\n]{2,}'(?=\W|$)|(?<=\n)-{3,}\n.*?\n-{3,}",
     re.DOTALL,
 )
-_SENTENCE: Final = re.compile(r"[^。！？!?；;\n.：:⏎]*(?:[。！？!?；;：:]+|\.(?=\s|$)|\.|\n|$)")
+_SENTENCE: Final = re.compile(r"[^。！？!?；;\n.：:]*(?:[。！？!?；;：:]+|\.(?=\s|$)|\.|\n|$)")
 _COLON: Final = re.compile(r"[:：]\s*")
 _KANA: Final = re.compile(r"[\u3040-\u30ff]")
 _WIDE: Final = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
-_SCRIPTS: Final = (
-    ("kana", re.compile(r"[\u3040-\u30ff]")),
-    ("hangul", re.compile(r"[\uac00-\ud7af]")),
-    ("han", re.compile(r"[\u3400-\u9fff]")),
-    ("cyrillic", re.compile(r"[\u0400-\u04ff]")),
-    ("arabic", re.compile(r"[\u0600-\u06ff]")),
-    ("latin", re.compile(r"[A-Za-z\u00c0-\u024f]")),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,11 +53,9 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """What a message asks for. `payload` is the rest; `quotes` the quoted pieces left out of the segments."""
+    """What a message asks for."""
 
     segments: tuple[Segment, ...]
-    payload: str
-    quotes: tuple[str, ...]
 
     @property
     def text(self) -> str:
@@ -86,33 +77,20 @@ def width(text: str) -> int:
     return len(text) + len(_WIDE.findall(text)) * 3 // 2
 
 
-def script(text: str) -> str:
-    """The writing system most of `text` is in; kana makes it Japanese."""
-    counts = {name: len(pattern.findall(text)) for name, pattern in _SCRIPTS}
-    if counts["kana"] > 2 and counts["kana"] * 8 > counts["han"]:
-        return "kana"
-    counts["latin"] = counts["latin"] // 4
-    name = max(counts, key=lambda key: counts[key])
-    return name if counts[name] else "none"
-
-
 def split_instruction(text: str) -> Instruction:
-    """The instruction in `text` and what is left."""
+    """The instruction in `text`."""
     normal = normalize(text)
-    quotes = tuple(match.group() for match in _QUOTED.finditer(normal))
-    open_text = _QUOTED.sub(_blank, normal) if quotes and _leaves_words(normal) else normal
-    if open_text == normal:
-        quotes = ()
+    open_text = _QUOTED.sub(_blank, normal)
+    if not _has_words(open_text):
+        open_text = normal
     if (
         width(open_text.strip()) <= SHORT_WIDTH * 2
         and open_text.strip().count("\n") == 0
         and not _colon_payload(open_text)
     ):
-        return Instruction(_as_segments(open_text, 0, len(open_text)), " ".join(quotes), quotes)
+        return Instruction(_as_segments(open_text, 0, len(open_text)))
     spans = _instruction_spans(open_text)
-    segments = tuple(segment for start, end in spans for segment in _as_segments(open_text, start, end))
-    kept = "".join(normal[a:b] for a, b in _gaps(spans, len(normal)))
-    return Instruction(segments, kept.strip(), quotes)
+    return Instruction(tuple(segment for start, end in spans for segment in _as_segments(open_text, start, end)))
 
 
 def sentences(text: str) -> list[tuple[int, int]]:
@@ -125,8 +103,8 @@ def _blank(match: re.Match[str]) -> str:
     return " ▁" + " " * (len(match.group()) - 2)
 
 
-def _leaves_words(normal: str) -> bool:
-    return len(re.sub(r"\W", "", _QUOTED.sub("", normal))) >= 2
+def _has_words(text: str) -> bool:
+    return len(re.sub(r"\W", "", text)) >= 2
 
 
 def _colon_payload(text: str) -> bool:
@@ -137,7 +115,7 @@ def _colon_payload(text: str) -> bool:
 
 
 def _instruction_spans(text: str) -> list[tuple[int, int]]:
-    lines = [(m.start(), m.end()) for m in re.finditer(r"[^\n]+", text) if m.group().strip(" -—─=*#\t")]
+    lines = [(m.start(), m.end()) for m in re.finditer(r"[^\n]+", text) if m.group().strip().strip("-—─=*# \t")]
     if not lines:
         return [(0, len(text))]
     head = _head_span(text, *lines[0])
@@ -206,8 +184,3 @@ def _as_segments(text: str, start: int, end: int) -> tuple[Segment, ...]:
         return (Segment(stripped, offset),)
     cut = len(stripped) - TAIL_CHARS
     return (Segment(stripped[:HEAD_CHARS], offset), Segment(stripped[cut:], offset + cut))
-
-
-def _gaps(spans: list[tuple[int, int]], length: int) -> list[tuple[int, int]]:
-    edges = [0, *(edge for span in spans for edge in span), length]
-    return [(edges[i], edges[i + 1]) for i in range(0, len(edges), 2) if edges[i] < edges[i + 1]]

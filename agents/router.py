@@ -7,17 +7,18 @@ langchain program; `route` is what the gateway calls. It runs no task.
 
 import asyncio
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final, Literal, TypeVar
 
 from langchain_core.decisions import BaseDecisionModel, Choice, ChoiceAnswer, ClassifierResponse, Question, State
 from langchain_core.messages import BaseMessage
 from pydantic import PrivateAttr
 from typing_extensions import override
 
+from agents.command import split_command
 from agents.encoder import Encoder
 from agents.instruction import split_instruction
 from agents.learning import Learned
@@ -33,6 +34,7 @@ from onebox.messages import Message, Role
 from onebox.plugin import LLM, Plugin
 from onebox.settings import Settings
 
+T = TypeVar("T")
 Tier = Literal["explicit", "head", "engine", "default"]
 FALLBACK: Final = "chat"
 # A 0.5B engine is right on 29 % of hard messages, far behind the head: it only tips near ties.
@@ -101,7 +103,7 @@ class Router(BaseDecisionModel):
 
     async def warm(self) -> None:
         """Load what the first decision needs, in a thread."""
-        await self._in_thread((Message("user", "hello"),), "")
+        await self._in_thread(lambda: self._judge((Message("user", "hello"),), ""))
 
     async def learn(self, shared: Sequence[Label], own: Mapping[str, Sequence[Label]]) -> Mapping[str, str]:
         """Decide from now on as these labels say, `own` those of a tenant; why some are not used, by their ids."""
@@ -129,7 +131,7 @@ class Router(BaseDecisionModel):
         if plan:
             shares = {task: float(task == plan[0]) for task in dict.fromkeys((*self._tasks, *plan))}
             text = messages[asked[-1]].text if asked else ""
-            steps = describe(split_instruction(text), text, plan)
+            steps = await self._in_thread(lambda: describe(split_instruction(text), text, plan))
             return Routed(plan[0], tuple(plan), shares, "explicit", _since(began), steps=steps)
         chosen = explicit if explicit is not None else self.command(messages[asked[-1]].text) if asked else None
         if chosen is not None:
@@ -140,7 +142,7 @@ class Router(BaseDecisionModel):
             shares = {task: float(task == fallback) for task in self._tasks}
             return Routed(fallback, (fallback,), shares, "default", _since(began))
         heard = tuple(messages[: asked[-1] + 1])
-        reading, shares = await self._in_thread(heard, tenant)
+        reading, shares = await self._in_thread(lambda: self._judge(heard, tenant))
         tier: Tier = "head"
         if max(shares.values()) < self._threshold and self._engine and llm is not None:
             asked_engine = await self._ask_engine(heard, shares, llm)
@@ -158,8 +160,8 @@ class Router(BaseDecisionModel):
 
     def command(self, text: str) -> str | None:
         """The task a message beginning with `/task` asks for."""
-        word, _, _ = text.lstrip().partition("\n")[0].partition(" ")
-        return word[1:] if word.startswith("/") and word[1:] in self._tasks else None
+        found = split_command(text, self._tasks)
+        return found[0] if found is not None else None
 
     @property
     @override
@@ -197,9 +199,9 @@ class Router(BaseDecisionModel):
             )
         return ClassifierResponse(model=self.model, answers=dict(answers))
 
-    async def _in_thread(self, messages: Sequence[Message], tenant: str) -> tuple[Reading, dict[str, float]]:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._judge, messages, tenant)
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        """What takes as long as a text has words: not in the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
 
     def _judge(self, messages: Sequence[Message], tenant: str) -> tuple[Reading, dict[str, float]]:
         reading = self._learned.taught(shared_reader().read(messages), tenant)
@@ -218,7 +220,7 @@ class Router(BaseDecisionModel):
         """The steps: several where the reader has found them and nothing else has been decided meanwhile."""
         task, plan = max(shares, key=lambda name: shares[name]), reading.plan
         several = len(plan) > 1 and all(step in self._tasks for step in plan)
-        return plan if several and task in (reading.task, *plan[:1]) else (task,)
+        return plan if several and task in (reading.task, plan[0]) else (task,)
 
     async def _ask_engine(
         self, messages: Sequence[Message], shares: dict[str, float], llm: LLM

@@ -19,6 +19,8 @@ CUES_SHOWN: Final = 3
 CUE_FLOOR: Final = 0.3
 # Chinese and Japanese are written without spaces: there each character counts for itself.
 _WORD: Final = re.compile(r"[\u3040-\u30ff\u3400-\u9fff]|[^\W\u3040-\u30ff\u3400-\u9fff]+")
+_LETTER: Final = re.compile(r"[^\W\u3040-\u30ff\u3400-\u9fff]")
+_LONGEST: Final = 64  # letters of a word that are looked for before the first that was read
 _CLAUSE_END: Final = re.compile(r"[,;:.!?，；：。！？、→\n]\s*")
 _WORD_END: Final = re.compile(r"\s+")
 _NEAR: Final = 6  # characters within which a step's words are made to end where a clause does
@@ -80,8 +82,9 @@ def snap(spans: Sequence[tuple[int, int]], text: str) -> list[tuple[int, int]]:
 
 def _border(text: str, border: int) -> int:
     near = range(max(border - _NEAR, 0), border + _NEAR + 1)
+    start, stop = max(border - 4 * _NEAR, 0), border + 4 * _NEAR
     for pattern in (_CLAUSE_END, _WORD_END):
-        if places := [match.end() for match in pattern.finditer(text) if match.end() in near]:
+        if places := [match.end() for match in pattern.finditer(text, start, stop) if match.end() in near]:
             return min(places, key=lambda at: abs(at - border))
     return border
 
@@ -95,7 +98,7 @@ def _by_character(spans: NDArray[np.int64], weights: NDArray[np.float32], size: 
 
 
 def _best_spans(text: str, scores: NDArray[np.float64]) -> tuple[Cue, ...]:
-    pieces = [(float(scores[m.start() : m.end()].sum()), m.start(), m.end()) for m in _WORD.finditer(text)]
+    pieces = [(float(scores[start:end].sum()), start, end) for start, end in _words_with(scores, text)]
     best = max((weight for weight, _, _ in pieces), default=0.0)
     if best <= 0:
         return ()
@@ -109,3 +112,19 @@ def _best_spans(text: str, scores: NDArray[np.float64]) -> tuple[Cue, ...]:
             spans.append((weight, start, end))
     spans.sort(key=lambda span: -span[0])
     return tuple(Cue(text[start:end], start, end, round(weight, 3)) for weight, start, end in spans[:CUES_SHOWN])
+
+
+def _words_with(scores: NDArray[np.float64], text: str) -> list[tuple[int, int]]:
+    """Start and end of each word of `text` that has a score: of a long text only a few words have been read."""
+    found: list[tuple[int, int]] = []
+    done = 0
+    for place in np.flatnonzero(scores).tolist():
+        if place < done:
+            continue
+        start = place
+        while start > max(done, place - _LONGEST) and _LETTER.match(text, start) and _LETTER.match(text, start - 1):
+            start -= 1
+        if (match := _WORD.match(text, start)) is not None:
+            found.append(match.span())
+            done = match.end()
+    return found

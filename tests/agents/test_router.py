@@ -14,6 +14,7 @@ from langchain_core.decisions import Choice, Noul
 from langchain_core.messages import AIMessage, HumanMessage
 from langchain_core.runnables import RunnableLambda
 
+from agents.command import split_command
 from agents.encoder import Encoder
 from agents.instruction import normalize, split_instruction
 from agents.labelled import GOLDEN, GOLDEN_PLANS, HELD_OUT, read_labelled
@@ -140,6 +141,20 @@ async def test_explicit_task_wins_over_the_text(router: Router) -> None:
 async def test_slash_command_is_an_explicit_choice(router: Router) -> None:
     assert (await router.route([user("/reason is this a poem?")])).task == "reason"
     assert (await router.route([user("/unknown write a poem")])).tier != "explicit"
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("/translate good night", ("translate", "good night")),
+        (" /translate\nHello world\n", ("translate", "Hello world")),
+        ("/translate", ("translate", "")),
+        ("/translated good night", None),
+        ("say /translate", None),
+    ],
+)
+def test_command_is_told_from_the_rest_of_the_message(text: str, found: tuple[str, str] | None) -> None:
+    assert split_command(text, TASKS) == found
 
 
 async def test_message_without_words_goes_to_chat(router: Router) -> None:
@@ -346,6 +361,17 @@ def test_instruction_is_found_before_and_after_a_pasted_text() -> None:
         assert all(text[s.start : s.end].lower() == s.text for s in found.segments)
     quoted = split_instruction('Translate "write me a poem" into Italian')
     assert "poem" not in quoted.text
+
+
+@pytest.mark.timeout(60)  # minutes, where each beginning is followed to the end of the text
+@pytest.mark.parametrize("piece", ["“", "„", "「", "«", "《", "```", "'a ", "-----\n", "a ⏎ "])
+def test_what_never_ends_is_not_followed_from_each_beginning(piece: str) -> None:
+    assert split_instruction(piece * (300_000 // len(piece))).segments
+
+
+def test_blank_lines_of_any_kind_are_no_lines() -> None:
+    text = f"{NEWS}\r\nwhat lands on whose doormat\r\n\u3000\r\n"
+    assert "what lands on whose doormat" in split_instruction(text).text
 
 
 def test_normalizing_keeps_the_length_of_any_text() -> None:
