@@ -79,6 +79,7 @@ class Launch:
             **self._environment({"internal_token": token, "ui_key": ui_key}),
             "PYTHONPATH": python_path(),
             "PYTHONUNBUFFERED": "1",
+            "OPENBLAS_NUM_THREADS": "1",  # a worker that learns from corrections takes one core, not all
         }
         self.supervisor = Supervisor(self.id, env, self._publish)
         self._stop = asyncio.Event()

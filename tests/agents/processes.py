@@ -115,6 +115,7 @@ class Stack:
             "admin_key": ADMIN_KEY,
         } | self.extra
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("ONEBOX_")}
+        inherited["OPENBLAS_NUM_THREADS"] = "1"
         environment = inherited | {f"ONEBOX_{name.upper()}": value for name, value in own.items()}
         self.engine = Child(
             (sys.executable, "-m", "tests.agents.scripted_replica", *self.faults),

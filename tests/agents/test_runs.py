@@ -102,12 +102,19 @@ def assert_whole(seen: list[tuple[int, Event]]) -> None:
     assert [is_terminal(event) for _, event in seen] == [False] * (len(seen) - 1) + [True]
 
 
+TOLD: dict[tuple[str, str], str] = {}
+
+
 async def undisturbed(client: Client, messages: list[Message], model: str = "chat") -> str:
-    run = await client.start(messages, model=model)
-    seen = await read(client, run.run_id)
-    assert_whole(seen)
-    assert isinstance(seen[-1][1], Completed)
-    return text_of(seen)
+    """What a run says to which nothing happens: the engine says always the same, so it is asked once."""
+    asked = (model, messages[-1].text)
+    if asked not in TOLD:
+        run = await client.start(messages, model=model)
+        seen = await read(client, run.run_id)
+        assert_whole(seen)
+        assert isinstance(seen[-1][1], Completed)
+        TOLD[asked] = text_of(seen)
+    return TOLD[asked]
 
 
 @pytest.mark.parametrize("events", [1, 3, 8, 20])
