@@ -1,18 +1,21 @@
 """Where labels arise: users who choose another task, change a plan or like one of several answers.
 
-What is noted is noted beside the reply, never before it: it delays nothing, and a store that is away loses it. What a
-label is and where it is kept is `agents.labels`.
+What is noted is noted beside the reply, never before it: it delays nothing, and a store that is away loses it. A
+tenant's corrections are noted one by one, so that of one message the last one stays. What a label is and where it is
+kept is `agents.labels`.
 """
 
 import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
+from contextlib import closing
 from dataclasses import replace
 from types import TracebackType
 from typing import Any, Final, Self
+from weakref import WeakValueDictionary
 
 from agents.conversations import Conversations, Feedback, Turn, Variant, history
-from agents.labels import Labels, new_label
+from agents.labels import Labels, new_label, now
 from agents.run_store import RunRecord, RunRequest
 from agents.runs import Started
 from onebox.errors import OneboxError, StoreUnavailable
@@ -32,6 +35,7 @@ class Corrections:
         self._labels = labels
         self._conversations = conversations
         self._tasks: set[asyncio.Task[None]] = set()
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()  # of tenants with such tasks
         self._losing = False
 
     async def __aenter__(self) -> Self:
@@ -51,19 +55,19 @@ class Corrections:
         """A turn is answered again as its user chose: a task, or a plan."""
         plan = request.plan or ((request.task,) if request.task is not None else ())
         if plan and not started.joined:
-            self._spawn(self._chosen_again(request, started, plan))
+            self._spawn(request.tenant, self._chosen_again(request, started, plan, now()))
 
     def replanned(self, record: RunRecord, routed: Routed | None, plan: Sequence[str]) -> None:
         """The plan of a run has been changed; `routed` is what had been decided."""
         if routed is not None and routed.tier != "explicit":
             messages, was = record.request.messages, plan_of(routed)
-            self._spawn(self._note(record.tenant, "plan", messages, plan, was, record.run_id))
+            self._spawn(record.tenant, self._note(record.tenant, "plan", messages, plan, was, record.run_id, now()))
 
     def rated(self, tenant: str, conversation: str, run_id: str, value: Feedback | None) -> None:
         """An answer has been liked or not."""
-        self._spawn(self._rated(tenant, conversation, run_id, value))
+        self._spawn(tenant, self._rated(tenant, conversation, run_id, value, now()))
 
-    async def _chosen_again(self, request: RunRequest, started: Started, plan: tuple[str, ...]) -> None:
+    async def _chosen_again(self, request: RunRequest, started: Started, plan: tuple[str, ...], made: float) -> None:
         assert started.conversation_id is not None, "a turn belongs to a conversation"
         assert started.turn_id is not None, "a turn has an id"
         if await self._labels.learning(request.tenant) == "off":
@@ -72,9 +76,9 @@ class Corrections:
         decided = _decided(turns[-1], started.run_id) if turns else None
         if decided is not None:
             source: LabelSource = "plan" if request.plan else "reroute"
-            await self._note(request.tenant, source, history(turns), plan, plan_of(decided), started.run_id)
+            await self._note(request.tenant, source, history(turns), plan, plan_of(decided), started.run_id, made)
 
-    async def _rated(self, tenant: str, conversation: str, run_id: str, value: Feedback | None) -> None:
+    async def _rated(self, tenant: str, conversation: str, run_id: str, value: Feedback | None, made: float) -> None:
         if await self._labels.learning(tenant) == "off":
             return
         turns = (await self._conversations.get(tenant, conversation)).turns
@@ -90,7 +94,7 @@ class Corrections:
             if known is not None and known.source == "variant" and known.run_id == run_id:
                 await self._labels.remove(tenant, known.id)
         elif plan != was and (known is None or known.plan != plan):
-            await self._note(tenant, "variant", messages, plan, was, run_id)
+            await self._note(tenant, "variant", messages, plan, was, run_id, made)
 
     async def _note(
         self,
@@ -100,12 +104,13 @@ class Corrections:
         plan: Sequence[str],
         was: Sequence[str],
         run_id: str,
+        made: float,
     ) -> None:
         """Keep a label; a correction back to what had been decided first undoes the one that there is."""
         learning = await self._labels.learning(tenant)
         if learning == "off":
             return
-        label = new_label(tenant, source, messages, plan, was, learning, run_id)
+        label = new_label(tenant, source, messages, plan, was, learning, run_id, made)
         known = await self._labels.get(tenant, label.id)
         # What was decided since may be what the label has taught.
         first = known.was if known is not None and known.was else label.was
@@ -114,14 +119,18 @@ class Corrections:
         elif known is not None:
             await self._labels.remove(tenant, label.id)
 
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(self._guarded(work), name="note a correction")
+    def _spawn(self, tenant: str, work: Coroutine[Any, Any, None]) -> None:
+        """Do it after the tenant's corrections before it."""
+        turn = self._turns.setdefault(tenant, asyncio.Lock())
+        task = asyncio.create_task(self._guarded(turn, work), name="note a correction")
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+    async def _guarded(self, turn: asyncio.Lock, work: Coroutine[Any, Any, None]) -> None:
         try:
-            await work
+            with closing(work):  # its turn may not come before the worker leaves
+                async with turn:
+                    await work
             self._losing = False
         except StoreUnavailable:
             if not self._losing:

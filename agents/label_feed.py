@@ -46,6 +46,7 @@ class LabelFeed:
         self._learner = learner
         self._changed = asyncio.Event()
         self._version = 0
+        self._behind = False  # what is loaded has not been learned
         self._tenants: dict[str, TenantLabels] = {}
         self._taught: dict[str, float] = {}
         self._reasons: Mapping[str, str] = {}
@@ -96,18 +97,21 @@ class LabelFeed:
             await asyncio.sleep(GATHER_S)
 
     async def _look(self) -> None:
-        """Load what has changed, and teach it."""
+        """Load what has changed, and teach it; a lesson that failed is given again."""
         changes = await self._labels.changes(self._version)
         if changes.anew:
             self._tenants.clear()
+            self._version, self._behind = 0, True
         for tenant in changes.tenants:
             known = self._tenants.get(tenant)
             self._tenants[tenant] = await self._labels.load(tenant, known.labels if known else {})
-        if changes.tenants or changes.anew:
-            await self._teach()
+        self._behind = self._behind or bool(changes.tenants)
         self._version = changes.version
+        if self._behind:
+            self._behind = not await self._teach()
 
-    async def _teach(self) -> None:
+    async def _teach(self) -> bool:
+        """Whether the router has learned what is loaded."""
         shared: list[Label] = []
         own: dict[str, Sequence[Label]] = {}
         unused: dict[str, str] = {}
@@ -123,14 +127,17 @@ class LabelFeed:
                 own[tenant] = mine
         shared.sort(key=_age)
         taught = [*shared, *(label for labels in own.values() for label in labels)]
+        learned = True
         if taught or self._taught:
             try:
                 unused |= await self._learner.learn(shared, own)
             except Exception:
                 logger.exception("The router could not learn from %d labels", len(taught))
                 unused |= dict.fromkeys((label.id for label in taught), FAILED)
+                learned = False
         self._reasons = unused
         self._taught = {label.id: label.created for has in self._tenants.values() for label in has.labels.values()}
+        return learned
 
 
 def _age(label: Label) -> tuple[float, str]:

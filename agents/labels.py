@@ -4,16 +4,17 @@ Where they arise is `agents.corrections`, how they reach all workers' routers is
 `agents.api.labels`.
 """
 
+import logging
 import re
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final
 
 import orjson
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from agents.store import Argument, Store
 from agents.store_keys import LABELS_CHANGED, LABELS_VERSION, LabelKeys
@@ -32,8 +33,13 @@ _ID: Final = re.compile(r"label_[0-9a-f]{24}")
 _CURSOR: Final = re.compile(r"(\d{1,16})\.(label_[0-9a-f]{24})")
 _GAP: Final = " … "
 
-# KEYS: labels, order. ARGV: label id, created µs, label JSON, most labels. The oldest leave.
+logger = logging.getLogger(__name__)
+
+# KEYS: labels, order. ARGV: label id, created µs, label JSON, most labels. The oldest leave, and a label stays where an
+# older one of its id comes late.
 _ADD: Final = """
+local there = redis.call('ZSCORE', KEYS[2], ARGV[1])
+if there and tonumber(there) > tonumber(ARGV[2]) then return end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[3])
 redis.call('ZADD', KEYS[2], ARGV[2], ARGV[1])
 local over = redis.call('ZCARD', KEYS[2]) - tonumber(ARGV[4])
@@ -83,32 +89,29 @@ class Labels:
 
     async def set_learning(self, tenant: str, learning: Learning) -> None:
         """Keep the tenant's choice. With "off" its labels stay and are not used."""
-        self._unannounced.add(tenant)
-        await self._store.transaction([("SET", LabelKeys(tenant).learning, learning)])
-        await self.announce()
+        async with self._told(tenant):
+            await self._store.transaction([("SET", LabelKeys(tenant).learning, learning)])
 
     async def add(self, tenant: str, label: Label) -> None:
-        """Keep a label in the place of an earlier one of the same id."""
+        """Keep a label in the place of an older one of the same id; a newer one stays."""
         keys = LabelKeys(tenant)
-        self._unannounced.add(tenant)
         args: list[Argument] = [label.id, _micros(label), _LABEL.dump_json(label), self._most]
-        await self._store.run(_ADD, [keys.labels, keys.order], args)
-        await self.announce()
+        async with self._told(tenant):
+            await self._store.run(_ADD, [keys.labels, keys.order], args)
 
     async def remove(self, tenant: str, identifier: str) -> bool:
         """Undo a label; False where there is none."""
         keys = LabelKeys(tenant)
-        self._unannounced.add(tenant)
-        removed, _ = await self._store.transaction(
-            [("HDEL", keys.labels, identifier), ("ZREM", keys.order, identifier)]
-        )
-        await self.announce()
+        async with self._told(tenant):
+            removed, _ = await self._store.transaction(
+                [("HDEL", keys.labels, identifier), ("ZREM", keys.order, identifier)]
+            )
         return bool(removed)
 
     async def get(self, tenant: str, identifier: str) -> Label | None:
-        """One label."""
+        """One label; None where there is none that can be read."""
         raw = await self._store.hash_get(LabelKeys(tenant).labels, identifier)
-        return _LABEL.validate_json(raw) if raw is not None else None
+        return _parsed(tenant, identifier, raw) if raw is not None else None
 
     async def page(self, tenant: str, limit: int, cursor: str | None) -> tuple[list[Label], str | None]:
         """Up to `limit` labels, newest first, and the next page's cursor.
@@ -145,10 +148,24 @@ class Labels:
 
     async def announce(self) -> None:
         """Tell all workers of the changes made here; those that cannot be told now are told at the next call."""
-        with suppress(StoreUnavailable):
-            for tenant in tuple(self._unannounced):
-                await self._store.run(_ANNOUNCE, [LABELS_VERSION, LABELS_CHANGED], [tenant, CHANNEL])
-                self._unannounced.discard(tenant)
+        # Taken out first: a change that is made while the script runs is one more to be told.
+        untold, self._unannounced = self._unannounced, set()
+        try:
+            with suppress(StoreUnavailable):
+                for tenant in tuple(untold):
+                    await self._store.run(_ANNOUNCE, [LABELS_VERSION, LABELS_CHANGED], [tenant, CHANNEL])
+                    untold.discard(tenant)
+        finally:
+            self._unannounced |= untold
+
+    @asynccontextmanager
+    async def _told(self, tenant: str) -> AsyncGenerator[None, None]:
+        """Around a write, which all workers are told of; of one that failed too, for it may have been made."""
+        try:
+            yield
+        finally:
+            self._unannounced.add(tenant)
+        await self.announce()
 
     async def _changed(self, since: int) -> tuple[int, tuple[str, ...]]:
         version, names = await self._store.transaction(
@@ -162,12 +179,13 @@ class Labels:
         return [(int(score), name.decode()) for name, score in zip(rows[::2], rows[1::2], strict=True)]
 
     async def _read(self, tenant: str, names: Sequence[str]) -> list[Label]:
-        """These labels; one that was removed meanwhile is left out."""
+        """These labels; one that was removed meanwhile, or cannot be read, is left out."""
         found: list[Label] = []
         for start in range(0, len(names), _READ_AT_ONCE):
             some = names[start : start + _READ_AT_ONCE]
             (rows,) = await self._store.transaction([("HMGET", LabelKeys(tenant).labels, *some)])
-            found += [_LABEL.validate_json(raw) for raw in rows if raw is not None]
+            parsed = [_parsed(tenant, *row) for row in zip(some, rows, strict=True) if row[1] is not None]
+            found += [label for label in parsed if label is not None]
         return found
 
     def _mode(self, raw: bytes | None) -> Learning:
@@ -182,8 +200,9 @@ def new_label(
     was: Sequence[str],
     scope: LabelScope,
     run_id: str | None = None,
+    created: float | None = None,
 ) -> Label:
-    """A label of now, for the last user message of `messages`.
+    """A label for the last user message of `messages`, of now where it is not said when it was `created`.
 
     Its id is made of the tenant and the messages, so that the same message has one label, however often it is
     corrected.
@@ -192,12 +211,31 @@ def new_label(
     kept = tuple(Message(said.role, _cut(said.text)) for said in messages[: asked + 1][-MESSAGES_MAX:])
     said = orjson.dumps([tenant, [[message.role, message.text] for message in kept]])
     identifier = f"label_{sha256(said).hexdigest()[:24]}"
-    return Label(identifier, time.time_ns() // 1000 / 1e6, source, kept, tuple(plan), tuple(was), scope, run_id)
+    made = created if created is not None else now()
+    return Label(identifier, made, source, kept, tuple(plan), tuple(was), scope, run_id)
+
+
+def now() -> float:
+    """When a label of this moment is created: the seconds since 1970, in whole µs."""
+    return time.time_ns() // 1000 / 1e6
 
 
 def is_label_id(identifier: str) -> bool:
     """Whether there can be a label of this id."""
     return _ID.fullmatch(identifier) is not None
+
+
+def _parsed(tenant: str, identifier: str, raw: bytes) -> Label | None:
+    """A label as it is stored; None of one that cannot be read."""
+    try:
+        return _LABEL.validate_json(raw)
+    except ValidationError:  # whose text is not logged: it has the user's words
+        logger.warning(
+            "Label %s of tenant %r is left out: this version cannot read its record. A newer one may have written it",
+            identifier,
+            tenant,
+        )
+        return None
 
 
 def _cut(text: str) -> str:

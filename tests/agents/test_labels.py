@@ -8,8 +8,10 @@ from typing import ClassVar
 
 import httpx
 import pytest
+from redis import Redis
 
 from agents.label_feed import NOT_YET, SWITCHED_OFF
+from agents.store_keys import LabelKeys
 from deploy.store import EmbeddedStore
 from onebox.client import Client
 from onebox.errors import Conflict, NotFound
@@ -77,17 +79,18 @@ class Tenant:
 
 @pytest.fixture(autouse=True)
 def closed() -> Iterator[None]:
-    """No connection outlives its test."""
+    """No connection outlives its test, and no later worker of this store learns what was taught in it."""
     yield
     while Tenant.opened:
-        Tenant.opened.pop().close()
+        http = Tenant.opened.pop()
+        if not http.is_closed:
+            http.put("/v1/labels/learning", json={"learning": "off"})
+            http.close()
 
 
 @pytest.fixture
-def tenant(stack: Stack, request: pytest.FixtureRequest) -> Iterator[Tenant]:
-    made = Tenant(stack, f"labels-{request.node.name}")
-    yield made
-    made.http.close()
+def tenant(stack: Stack, request: pytest.FixtureRequest) -> Tenant:
+    return Tenant(stack, f"labels-{request.node.name}")
 
 
 @pytest.fixture
@@ -148,20 +151,21 @@ def test_choice_made_with_the_message_itself_is_no_correction(tenant: Tenant) ->
     assert tenant.labels()[0]["was"] == decided
 
 
-def test_nothing_is_noted_of_a_tenant_that_has_not_chosen_to_learn(stack: Stack) -> None:
+def test_nothing_is_noted_of_a_tenant_that_has_not_chosen_to_learn(stack: Stack, valkey: EmbeddedStore) -> None:
     silent = Tenant(stack, "labels-silent", learning=None)
     assert silent.http.get("/v1/labels/learning").json() == {"learning": "off"}
-    conversation = silent.say("Why is the sky blue?")
-    other = silent.again(conversation, other_than(silent.decided(conversation)[0]))
-    silent.rate(conversation, other, "like")
+    unseen = silent.say("Why is the sky blue?")
+    silent.rate(unseen, silent.again(unseen, other_than(silent.decided(unseen)[0])), "like")
     refused = silent.http.post("/v1/labels", json={"messages": [{"role": "user", "content": "Hello"}], "task": "chat"})
     assert refused.status_code == 409
     assert "Learning is off" in refused.json()["error"]["message"]
     assert silent.http.put("/v1/labels/learning", json={"learning": "tenant"}).status_code == 200
-    silent.again(conversation, "reason")
-    until(lambda: len(silent.noted()) == 1)
-    assert silent.noted() == [("reroute", ["reason"])]
-    silent.http.close()
+    seen = silent.say("Why is the grass green?")
+    silent.again(seen, other_than(silent.decided(seen)[0]))
+    until(lambda: silent.labels() != [])  # what was done before this has been looked at
+    assert [made["messages"] for made in silent.labels()] == [[{"role": "user", "content": "Why is the grass green?"}]]
+    with Redis.from_url(valkey.url) as store:
+        assert store.hlen(LabelKeys("labels-silent").labels) == 1
 
 
 def test_like_of_a_chosen_answer_is_a_label_until_it_is_taken_back(stack: Stack) -> None:
@@ -178,7 +182,6 @@ def test_like_of_a_chosen_answer_is_a_label_until_it_is_taken_back(stack: Stack)
         assert liker.labels()[0]["run_id"] == chosen
         liker.rate(conversation, chosen, undo)
         until(lambda: liker.noted() == [])
-    liker.http.close()
 
 
 def test_like_leaves_the_label_of_a_reroute_as_it_is(tenant: Tenant) -> None:
@@ -210,6 +213,12 @@ def test_changed_plan_of_a_run_is_a_label(valkey: EmbeddedStore, tmp_path: Path)
         assert made["run_id"] == run
         planner.http.post(f"/v1/responses/{run}/cancel")
         planner.http.close()
+
+
+def test_unknown_task_of_a_label_is_refused_by_the_name_of_its_field(tenant: Tenant) -> None:
+    for field, value in (("task", "dance"), ("plan", ["dance"])):
+        body = {"messages": [{"role": "user", "content": "Hello"}], field: value}
+        assert tenant.http.post("/v1/labels", json=body).json()["error"]["param"] == field
 
 
 async def test_app_adds_lists_exports_and_undoes_labels(stack: Stack) -> None:
