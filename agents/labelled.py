@@ -4,13 +4,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from onebox.messages import Message
 
 DATA: Final = Path(__file__).parent / "data"
-TRAINING: Final = ("zh.jsonl", "en.jsonl", "other.jsonl", "plans.jsonl")
-LATER: Final = ("plain.jsonl", "edges.jsonl")  # what each further course of training adds
+TRAINING: Final = ("zh.jsonl", "en.jsonl", "other.jsonl", "plain.jsonl", "edges.jsonl", "plans.jsonl")
 GOLDEN: Final = DATA / "golden.jsonl"
 GOLDEN_PLANS: Final = DATA / "golden_plans.jsonl"
 HELD_OUT: Final = DATA / "held_out.jsonl"
@@ -38,12 +37,27 @@ class Labelled:
         return self.plan[0]
 
 
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a JSONL file. Raises `ValueError` with the number of a line that is no JSON object."""
+    found = []
+    # Not by `splitlines`: JSON may have the other line ends of Unicode inside its strings.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if line.strip():
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number} is not JSON ({error})") from error
+            if not isinstance(record, dict):
+                raise ValueError(f"line {number} is not a JSON object")
+            found.append(record)
+    return found
+
+
 def read_labelled(paths: Sequence[Path]) -> list[Labelled]:
     """The labelled messages in `paths`, in order."""
     found = []
     for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            record = json.loads(line)
+        for record in read_records(path):
             plan = tuple(record.get("plan") or [record["task"]])
             unsupported = record.get("unsupported", None if plan[0] == "chat" else False)
             messages = tuple(Message(one["role"], one["content"]) for one in record["messages"])
@@ -52,11 +66,6 @@ def read_labelled(paths: Sequence[Path]) -> list[Labelled]:
     return found
 
 
-def course_data(number: int) -> list[Labelled]:
-    """The messages of a course of training, from 0: those it begins with, and what the courses since have added."""
-    return read_labelled([DATA / name for name in (*TRAINING, *LATER[:number])])
-
-
 def training_data() -> list[Labelled]:
     """All labelled messages that the shipped weights are trained on."""
-    return course_data(len(LATER))
+    return read_labelled([DATA / name for name in TRAINING])

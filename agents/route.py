@@ -12,37 +12,31 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 
+from agents.labelled import read_records
 from agents.reader.plans import TASKS
 from agents.router import Router
 from agents.scoring import COVERAGES, Judged
 from onebox.events import Routed
-from onebox.messages import Message
+from onebox.messages import Message, Role
 
 
-def read_lines(path: Path) -> list[dict[str, object]]:
-    """The records of a JSONL file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
-async def decide(records: Sequence[dict[str, object]]) -> list[Routed]:
-    """The router's decision for every record."""
+async def decide(talks: Sequence[Sequence[Message]]) -> list[Routed]:
+    """The router's decision for every conversation."""
     router = Router()
     await router.warm()
-    return [await router.route(_messages(record)) for record in records]
+    return [await router.route(messages) for messages in talks]
 
 
-def report(records: Sequence[dict[str, object]], decisions: Sequence[Routed]) -> str:
-    """The scores as text."""
-    plans = [
-        tuple(map(str, _list(record["plan"]))) if "plan" in record else (str(record["task"]),) for record in records
-    ]
+def report(records: Sequence[dict[str, object]], plans: Sequence[tuple[str, ...]], decisions: Sequence[Routed]) -> str:
+    """The scores as text; `plans` are the right ones."""
     judged = Judged(
         [plan[0] for plan in plans],
         [decision.task for decision in decisions],
-        [max(decision.probabilities.values()) for decision in decisions],
+        [decision.probabilities[decision.task] for decision in decisions],
     )
     truth, said = judged.expected, judged.said
     labels = [task for task in TASKS if task in truth]
@@ -81,15 +75,22 @@ def report(records: Sequence[dict[str, object]], decisions: Sequence[Routed]) ->
     return "\n".join(lines) + "\n"
 
 
-def _list(value: object) -> list[object]:
-    return value if isinstance(value, list) else []
-
-
 def _messages(record: dict[str, object]) -> tuple[Message, ...]:
-    found = record["messages"]
-    if not isinstance(found, list):
-        raise ValueError(f"Line {record.get('id')!r} has no list of messages.")
+    found = record.get("messages")
+    if not isinstance(found, list) or not all(map(_is_message, found)):
+        raise ValueError(f"the record {record.get('id')!r} has no list `messages` of roles and contents")
     return tuple(Message(message["role"], message["content"]) for message in found)
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and value.get("role") in get_args(Role) and isinstance(value.get("content"), str)
+
+
+def _label(record: dict[str, object]) -> tuple[str, ...]:
+    plan = record.get("plan") or [record.get("task")]
+    if not isinstance(plan, list) or not all(isinstance(task, str) for task in plan):
+        raise ValueError(f"the record {record.get('id')!r} has no right `task` or `plan` to score against")
+    return tuple(plan)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -99,13 +100,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--eval", action="store_true", help="score against the labels in the file")
     chosen = parser.parse_args(arguments)
     try:
-        records = read_lines(chosen.file)
-        decisions = asyncio.run(decide(records))
-    except (OSError, ValueError, KeyError) as error:
+        records = read_records(chosen.file)
+        talks = [_messages(record) for record in records]
+        plans = [_label(record) for record in records] if chosen.eval else []
+        if not records:
+            raise ValueError("there is nothing in it")
+    except (OSError, ValueError) as error:
         sys.stderr.write(f"Cannot route {str(chosen.file)!r}: {error}. Give a JSONL file with `id` and `messages`.\n")
         return 2
+    decisions = asyncio.run(decide(talks))
     if chosen.eval:
-        sys.stdout.write(report(records, decisions))
+        sys.stdout.write(report(records, plans, decisions))
         return 0
     for record, decision in zip(records, decisions, strict=True):
         line = {

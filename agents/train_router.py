@@ -5,8 +5,8 @@
                                              first steps
 
 Written are `reader.npz` (what training changed), `anchors.npz` (what corrections are weighed against) and
-`router_quality.json` (how it does on the golden messages, which it does not learn from; only the numbers that turn
-scores into shares are fitted there). torch is needed here and nowhere at run time.
+`router_quality.json` (how it does on the golden messages, which it does not learn from; only the number that turns the
+first step's scores into shares is fitted there). torch is needed here and nowhere at run time.
 """
 
 import argparse
@@ -23,35 +23,36 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.golden import ANCHORS, write_anchors
-from agents.labelled import DATA, GOLDEN, LATER, TRAINING, Labelled, course_data, read_labelled, training_data
+from agents.labelled import DATA, GOLDEN, TRAINING, Labelled, read_labelled, training_data
 from agents.reader.net import Net
 from agents.reader.pieces import Pieces
 from agents.reader.plans import TASKS
 from agents.reader.ranges import ranges
 from agents.reader.reader import QUALITY, WEIGHTS, Calibration, Reader, Reading, Weights
 from agents.reader.source import Source
-from agents.reader.train import COURSES, FIRST_STEPS, examples, fresh, train
+from agents.reader.train import FIRST_STEPS, examples, fresh, train
 from agents.scoring import SUREST, Judged
 
 LIKE: Final = 0.15  # losses of another processor differ by no more
 ANCHORS_KEPT: Final = 1500
 CALIBRATED_ON: Final = 1500  # training messages that say where what cannot be done begins
 RANGED: Final = 64  # of so many training messages one is read to find how large numbers get
+LOOKED_AT: Final = 32  # of so many one is in the short training that shows whether weights are what the data gives
 VALID_DECLINED: Final = 0.005  # of those that can be answered, at most
 
 
 def digest() -> str:
-    """What weights are made of: the training messages."""
+    """What the training messages are."""
     whole = hashlib.sha256()
-    for name in (*TRAINING, *LATER):
+    for name in TRAINING:
         whole.update((DATA / name).read_bytes())
     return whole.hexdigest()
 
 
 def first_losses() -> list[float]:
-    """The losses of the first steps of training on the data as it is."""
+    """The losses of the first steps of training on some of the data as it is."""
     source = Source()
-    return train(fresh(source), examples(Pieces(source), course_data(0)), COURSES[0], steps=FIRST_STEPS)
+    return train(fresh(source), examples(Pieces(source), training_data()[::LOOKED_AT]), steps=FIRST_STEPS)
 
 
 def judged(items: Sequence[Labelled], readings: Sequence[Reading]) -> Judged:
@@ -96,20 +97,20 @@ def unsupported_bias(readings: Sequence[Reading], items: Sequence[Labelled]) -> 
     return round(-float(np.quantile(scores, 1 - VALID_DECLINED)), 3)
 
 
-def write(net: Net, source: Source, losses: Sequence[float]) -> None:
+def write(net: Net, source: Source) -> None:
     """Calibrate what was trained and write all files."""
     kept: dict[str, NDArray[np.generic]] = {name: value.astype(np.float16) for name, value in net.arrays().items()}
     seen = examples(Pieces(source), training_data()[::RANGED])
     kept |= {name: value.astype(np.float16) for name, value in ranges(net, seen).items() if ".out." not in name}
-    kept["digest"], kept["losses"] = np.array(digest()), np.array(losses, np.float32)
-    kept["calibration"] = np.array([*Calibration().numbers()], np.float32)
+    kept["digest"], kept["losses"] = np.array(digest()), np.array(first_losses(), np.float32)
+    kept["calibration"] = np.array(Calibration().numbers(), np.float32)
     reader = Reader(Weights(kept), source)
     golden, known = read_labelled([GOLDEN]), training_data()
     random.Random(0).shuffle(known)
     first = divisor([reader.read(item.messages) for item in golden], golden)
     some = known[:CALIBRATED_ON]
     bias = unsupported_bias([reader.read(item.messages) for item in some], some)
-    kept["calibration"] = np.array([*Calibration(first, bias).numbers()], np.float32)
+    kept["calibration"] = np.array(Calibration(first, bias).numbers(), np.float32)
     np.savez_compressed(WEIGHTS, allow_pickle=False, **kept)
     write_measured(Reader(Weights(kept), source))
 
@@ -135,17 +136,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         same = str(stored.arrays["digest"]) == digest() and np.allclose(stored["losses"], first_losses(), LIKE, LIKE)
         sys.stdout.write("The shipped weights are what the data gives.\n" if same else "They are NOT what it gives.\n")
         return 0 if same else 1
-    began, source = time.time(), Source()
+    began, source = time.monotonic(), Source()
     net, pieces = fresh(source), Pieces(source)
 
     def told(_: Net, turn: int) -> None:
-        sys.stdout.write(f"round {turn + 1} done after {time.time() - began:.0f} s\n")
+        sys.stdout.write(f"round {turn + 1} done after {time.monotonic() - began:.0f} s\n")
         sys.stdout.flush()
 
-    losses = [
-        train(net, examples(pieces, course_data(number)), course, after=told) for number, course in enumerate(COURSES)
-    ]
-    write(net, source, losses[0])
+    train(net, examples(pieces, training_data()), after=told)
+    write(net, source)
     sys.stdout.write(f"wrote {WEIGHTS}, {ANCHORS} and {QUALITY}\n")
     return 0
 

@@ -4,6 +4,7 @@ The vocabulary is three sorted arrays (hash, number, log-probability: 4 MB), not
 hash is rolled along the text and looked up in one pass. What a piece covers is told as a span of the text as given.
 """
 
+import re
 import unicodedata
 from dataclasses import dataclass
 from typing import Final
@@ -19,6 +20,8 @@ LONGEST: Final = 16
 SPACE: Final = "▁"
 LINE: Final = "\n"
 _BOUNDS: Final = (SPACE, LINE)  # a piece goes past none
+# What composes with the character before it and is no combining mark: Korean vowels and finals, Japanese voice marks.
+_JOINED: Final = re.compile("[\u1160-\u11ff\uff9e\uff9f]")
 _PRIME: Final = np.uint64(0x9E3779B97F4A7C15)
 _UNKNOWN_COST: Final = 10.0
 
@@ -69,7 +72,7 @@ class Pieces:
         """The likeliest cut of `words`: number, start and end of each piece. None goes past a word's end."""
         size = len(words)
         codes = np.zeros(size + LONGEST, np.uint64)
-        codes[:size] = np.frombuffer(words.encode("utf-32-le"), np.uint32)
+        codes[:size] = np.frombuffer(words.encode("utf-32-le", "surrogatepass"), np.uint32)
         hashes = np.zeros((size, LONGEST), np.uint64)
         rolled = np.zeros(size, np.uint64)
         for place in range(LONGEST):
@@ -125,7 +128,7 @@ def _normalize(text: str) -> tuple[str, list[int]]:
     start = 0
     while start < len(text):
         end = start + 1
-        while end < len(text) and unicodedata.combining(text[end]):
+        while end < len(text) and (unicodedata.combining(text[end]) or _JOINED.match(text[end])):
             end += 1
         cluster = unicodedata.normalize("NFKC", text[start:end])
         out.append(cluster)

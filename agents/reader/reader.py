@@ -29,7 +29,7 @@ SMOOTHED: Final = 0.8  # how much of an input's reach is moved into the matrix
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """What turns scores into shares: divisors, and how likely a plan of several steps must be to be one."""
+    """What turns scores into shares (a divisor, a bias), and the share from which on a plan has several steps."""
 
     first: float = 1.0
     unsupported_bias: float = 0.0

@@ -21,6 +21,7 @@ from agents.reader.pieces import Pieces
 from agents.reader.plans import POOLS, STOP, UNSUPPORTED, numbers
 from agents.reader.source import WIDTH, Source
 
+ROUNDS: Final = 5
 BATCH: Final = 32
 RATE: Final = 1.5e-3
 HEAD_RATE: Final = 5e-4
@@ -28,7 +29,7 @@ WARM_UP: Final = 50
 SMOOTHING: Final = 0.05
 PLAN_WEIGHT: Final = 1.0
 UNSUPPORTED_WEIGHT: Final = 0.5
-REPEATED: Final = 2  # times a request for several steps is seen in an epoch
+REPEATED: Final = 2  # times a request for several steps is seen in a round
 FIRST_STEPS: Final = 12
 PROBED: Final = 2000
 PROBE_STEPS: Final = 400
@@ -57,21 +58,8 @@ def examples(pieces: Pieces, items: Sequence[Labelled]) -> list[Example]:
     ]
 
 
-@dataclass(frozen=True, slots=True)
-class Course:
-    """So many rounds of the messages at a part of the full rate; `fresh` begins with a net that knows nothing."""
-
-    rounds: int
-    rate: float
-    fresh: bool = False
-
-
-# Each takes in what was labelled since the one before (`agents.labelled.LATER`).
-COURSES: Final = (Course(5, 1.0, fresh=True), Course(2, 0.4), Course(1, 0.4))
-
-
 def fresh(source: Source) -> Net:
-    """A net that has learned nothing; always the same."""
+    """A net that has learned nothing; always the same. Sets torch's seed, threads and determinism for the process."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     torch.set_num_threads(2)
@@ -81,12 +69,11 @@ def fresh(source: Source) -> Net:
 def train(
     net: Net,
     known: Sequence[Example],
-    course: Course,
     *,
     steps: int | None = None,
     after: Callable[[Net, int], None] | None = None,
 ) -> list[float]:
-    """Take `net` through a course; the losses of its first steps.
+    """Take `net` `ROUNDS` times through what is known; the losses of its first steps.
 
     `steps` ends it early, `after` is called after each round.
     """
@@ -94,19 +81,17 @@ def train(
     random.seed(0)
     heads = {id(parameter) for parameter in net.heads()}
     body = [parameter for parameter in net.parameters() if id(parameter) not in heads]
-    rates = (course.rate * RATE, course.rate * HEAD_RATE)
-    optimizer = torch.optim.AdamW(
-        [{"params": body, "lr": rates[0]}, {"params": net.heads(), "lr": rates[1]}], weight_decay=0.01
-    )
+    rates = (RATE, HEAD_RATE)
+    optimizer = torch.optim.AdamW([{"params": body}, {"params": net.heads()}], weight_decay=0.01)
     seen = [one for one in known for _ in range(REPEATED if one.plan[1] != STOP else 1)]
-    if course.fresh:
-        _probe(net.eval(), known)
+    _probe(net.eval(), known)
     net.train()
-    total, step = course.rounds * math.ceil(len(seen) / BATCH), 0
+    total, step = ROUNDS * math.ceil(len(seen) / BATCH), 0
     losses: list[float] = []
-    for turn in range(course.rounds):
+    for turn in range(ROUNDS):
         for some in _batches(seen):
             if step == steps:
+                net.eval()
                 return losses
             factor = min(1.0, (step + 1) / WARM_UP) * (1 - step / total)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -165,9 +150,11 @@ def _loss(net: Net, found: torch.Tensor, some: Sequence[Example]) -> torch.Tenso
     if going.any():
         loss = loss + PLAN_WEIGHT * F.cross_entropy(third[going], plans[going, 2], reduction="sum") / len(some) * 3
     said = torch.tensor([one.unsupported is not None for one in some])
-    truth = torch.tensor([float(bool(one.unsupported)) for one in some])
-    judged = F.binary_cross_entropy_with_logits(found[said, UNSUPPORTED], truth[said])
-    return loss + UNSUPPORTED_WEIGHT * judged
+    if said.any():
+        truth = torch.tensor([float(bool(one.unsupported)) for one in some])
+        judged = F.binary_cross_entropy_with_logits(found[said, UNSUPPORTED], truth[said])
+        loss = loss + UNSUPPORTED_WEIGHT * judged
+    return loss
 
 
 def _states(net: Net, some: Sequence[Example]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,6 +13,7 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from agents.labelled import GOLDEN, read_labelled
 from agents.reader import train
 from agents.reader.encoding import END, LENGTH, START, encode
+from agents.reader.net import Product
 from agents.reader.pieces import LINE_END, Pieces
 from agents.reader.plans import STOP, TASKS, numbers
 from agents.reader.reader import Calibration, Reader, Weights
@@ -41,7 +42,14 @@ def test_text_is_cut_as_another_implementation_cuts_it(source: Source, pieces: P
     other.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " ")])
     other.pre_tokenizer = pre_tokenizers.Metaspace()
     texts = [item.messages[-1].text.replace("\n", " ").strip() for item in read_labelled([GOLDEN])]
-    for text in [*texts, "ｆｕｌｌ　ｗｉｄｔｈ", "ﬁn 한국어 ️", "🙂 ok"]:
+    for text in [
+        *texts,
+        "ｆｕｌｌ　ｗｉｄｔｈ",
+        "ﬁn 한국어 ️",
+        "🙂 ok",
+        unicodedata.normalize("NFD", "한국어 été"),
+        "ﾊﾞｽ",
+    ]:
         assert [piece.id for piece in pieces.split(text)] == other.encode(text).ids, text
 
 
@@ -62,6 +70,10 @@ def test_line_end_is_a_piece(pieces: Pieces) -> None:
     assert [piece.id == LINE_END for piece in pieces.split("a\n\nb")] == [False, True, False]
 
 
+def test_pieces_take_what_is_no_text(pieces: Pieces) -> None:
+    assert pieces.split("a \ud83d b")[-1].end == len("a \ud83d b")
+
+
 def test_short_message_is_read_whole(pieces: Pieces) -> None:
     encoded = encode(pieces, [user("Translate this into French: good night")])
     assert encoded.ids[0] == START
@@ -75,6 +87,37 @@ def test_request_around_a_long_text_is_read(pieces: Pieces, text: str) -> None:
     assert len(encoded.ids) <= LENGTH
     read = "".join(text[start:end] for start, end in encoded.spans.tolist() if start >= 0)
     assert "Sumitupplease" in read.replace(" ", "")
+
+
+@pytest.mark.parametrize("blank", ["    ", "  ", "\t\t"])
+def test_blanks_within_a_text_are_no_gaps(pieces: Pieces, blank: str) -> None:
+    code = "\n".join(f"{blank}if ready(part_{number}):{blank}go(part_{number})" for number in range(12))
+    text = f"{code}\nwhat does this print on a Monday?"
+    encoded = encode(pieces, [user(text)])
+    assert len(encoded.ids) <= LENGTH
+    read = "".join(text[start:end] for start, end in encoded.spans.tolist() if start >= 0)
+    assert read.endswith("whatdoesthisprintonaMonday?") or read.endswith("what does this print on a Monday?")
+
+
+def test_last_words_of_a_long_earlier_request_are_read(pieces: Pieces) -> None:
+    long = encode(pieces, [user(f"{LONG}\nPut this into French"), assistant("Bien."), user("shorter")])
+    other = encode(pieces, [user(f"{LONG}\nPut this into Dutch"), assistant("Goed."), user("shorter")])
+    assert long.ids.tolist() != other.ids.tolist()
+
+
+def test_gradient_of_the_adapted_product_is_that_of_the_whole_one() -> None:
+    torch.manual_seed(0)
+    x, up, down, bias = (
+        torch.randn(*size, dtype=torch.float64, requires_grad=True) for size in ((2, 3, 5), (7, 4), (4, 5), (7,))
+    )
+    weight = torch.randn(7, 5, dtype=torch.float64)
+    ours = Product.apply(x, weight, up, down, bias)
+    theirs = torch.nn.functional.linear(x, weight + up @ down, bias)
+    assert torch.allclose(ours, theirs)
+    found = torch.autograd.grad((ours**2).sum(), (x, up, down, bias))
+    expected = torch.autograd.grad((theirs**2).sum(), (x, up, down, bias))
+    for one, other in zip(found, expected, strict=True):
+        assert torch.allclose(one, other)
 
 
 def test_request_in_the_middle_of_a_long_text_is_read(pieces: Pieces) -> None:

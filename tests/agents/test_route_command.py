@@ -5,6 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from agents.labelled import read_records
+from agents.route import main
+
 
 def test_route_command_writes_one_decision_per_line(tmp_path: Path) -> None:
     path = tmp_path / "some.jsonl"
@@ -21,12 +26,32 @@ def test_route_command_writes_one_decision_per_line(tmp_path: Path) -> None:
     assert "accuracy 1.0000" in scored.stdout
 
 
-def test_route_command_says_what_is_wrong_with_a_file(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "agents.route", str(tmp_path / "none.jsonl")],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert "Cannot route" in done.stderr
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "No such file"),
+        ("", "nothing in it"),
+        ("{}\n", "messages"),
+        ('{"id": "a", "messages": [1]}', "'a'"),
+        ('{"id": "a", "messages": [{"role": "user", "content": null}]}', "'a'"),
+        ('{"id": "a", "messages": [{"role": "user", "content": "hi"}], "plan": "qa"}', "'a'"),
+        ("[]", "line 1"),
+        ("\n{", "line 2"),
+    ],
+)
+def test_route_command_says_what_is_wrong_with_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str | None, said: str
+) -> None:
+    path = tmp_path / "some.jsonl"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    assert main(["--eval", str(path)]) == 2
+    told = capsys.readouterr().err
+    assert "Cannot route" in told
+    assert said in told
+
+
+def test_other_line_ends_of_unicode_may_stand_in_a_record(tmp_path: Path) -> None:
+    path = tmp_path / "some.jsonl"
+    path.write_text('{"content": "a\u2028b\u0085c"}\n\n{"content": "d"}\n', encoding="utf-8")
+    assert [record["content"] for record in read_records(path)] == ["a\u2028b\u0085c", "d"]

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from agents.labelled import GOLDEN, GOLDEN_PLANS, HELD_OUT, read_labelled, training_data
+from agents.labelled import BOUNDARY, GOLDEN, GOLDEN_PLANS, HABITS, HELD_OUT, read_labelled, training_data
 from agents.reader.plans import TASKS
 from agents.reader.reader import QUALITY, shared_reader
 from agents.scoring import expected_calibration_error
@@ -37,7 +37,7 @@ def test_there_is_data_for_every_language_and_enough_of_it() -> None:
 
 def test_test_sets_are_not_trained_on() -> None:
     trained = {item.messages for item in training_data()}
-    assert not trained & {item.messages for item in read_labelled([GOLDEN, GOLDEN_PLANS, HELD_OUT])}
+    assert not trained & {item.messages for item in read_labelled([GOLDEN, GOLDEN_PLANS, HELD_OUT, BOUNDARY, HABITS])}
 
 
 def test_shipped_quality_is_that_of_the_shipped_weights() -> None:
