@@ -17,7 +17,7 @@ from onebox.messages import Message
 
 START: Final = 0
 END: Final = 2  # also stands where something was left out
-LENGTH: Final = 40
+LENGTH: Final = 46
 EARLIER: Final = 11
 SHORT: Final = 5
 WHOLE: Final = 200  # characters of a text that is split whole
@@ -40,13 +40,13 @@ class Encoded:
     instruction: Instruction
 
 
-def encode(pieces: Pieces, messages: Sequence[Message]) -> Encoded:
-    """The last message of `messages`, a user's, with what the user said before."""
+def encode(pieces: Pieces, messages: Sequence[Message], length: int = LENGTH) -> Encoded:
+    """The last message of `messages`, a user's, with what the user said before, in at most `length` pieces."""
     text = messages[-1].text
     instruction = split_instruction(text)
     said = [message.text.strip() for message in messages[:-1] if message.role == "user"]
     before = _earlier(pieces, [one for one in said if one][-2:])
-    own = _own(pieces, text, instruction, LENGTH - 2 - len(before))
+    own = _own(pieces, text, instruction, length - 2 - len(before))
     ids = [START, *(piece.id for piece in own), END, *before]
     spans = [(-1, -1), *((piece.start, piece.end) for piece in own), *[(-1, -1)] * (len(before) + 1)]
     return Encoded(np.asarray(ids, np.int64), np.asarray(spans, np.int64).reshape(-1, 2), instruction)

@@ -29,6 +29,7 @@ WARM_UP: Final = 50
 SMOOTHING: Final = 0.05
 PLAN_WEIGHT: Final = 1.0
 UNSUPPORTED_WEIGHT: Final = 0.5
+READ: Final = 40  # pieces of a message in training: a quarter quicker, and more are understood when they come
 REPEATED: Final = 2  # times a request for several steps is seen in a round
 FIRST_STEPS: Final = 12
 PROBED: Final = 2000
@@ -53,7 +54,7 @@ class Example:
 def examples(pieces: Pieces, items: Sequence[Labelled]) -> list[Example]:
     """Labelled messages as training takes them."""
     return [
-        Example(torch.from_numpy(encode(pieces, item.messages).ids), tuple(numbers(item.plan)), item.unsupported)
+        Example(torch.from_numpy(encode(pieces, item.messages, READ).ids), tuple(numbers(item.plan)), item.unsupported)
         for item in items
     ]
 
