@@ -22,6 +22,7 @@ from agents.reader.plans import POOLS, STOP, UNSUPPORTED, numbers
 from agents.reader.source import WIDTH, Source
 
 ROUNDS: Final = 5
+AVERAGED: Final = 3  # rounds whose ends the weights are the mean of (Izmailov et al. 2018)
 BATCH: Final = 32
 RATE: Final = 1.5e-3
 HEAD_RATE: Final = 5e-4
@@ -89,6 +90,7 @@ def train(
     net.train()
     total, step = ROUNDS * math.ceil(len(seen) / BATCH), 0
     losses: list[float] = []
+    ends: list[dict[str, torch.Tensor]] = []
     for turn in range(ROUNDS):
         for some in _batches(seen):
             if step == steps:
@@ -105,9 +107,13 @@ def train(
             step += 1
             if len(losses) < FIRST_STEPS:
                 losses.append(round(loss.item(), 4))
+        ends = [*ends, {name: value.detach().clone() for name, value in net.named_parameters()}][-AVERAGED:]
         if after is not None:
             after(net.eval(), turn)
             net.train()
+    with torch.no_grad():
+        for name, value in net.named_parameters():
+            value.copy_(torch.stack([end[name] for end in ends]).mean(0))
     net.eval()
     return losses
 
