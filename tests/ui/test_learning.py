@@ -57,7 +57,7 @@ async def test_answer_of_an_unknown_form_leaves_the_page_without_learning(
 
 async def test_client_calls_a_label_or_choice_of_an_unknown_form_an_internal_error(client: Client, fake: Fake) -> None:
     fake.gateway.learning, fake.gateway.labels = "sometimes", [{"id": "label_1"}]
-    with pytest.raises(Internal, match="labels"):
+    with pytest.raises(Internal, match="not of the form"):
         await client.labels.learning()
-    with pytest.raises(Internal, match="labels"):
+    with pytest.raises(Internal, match="not of the form"):
         await client.labels.page()
