@@ -90,7 +90,7 @@ def _label(record: dict[str, object]) -> tuple[str, ...]:
     plan = record.get("plan") or [record.get("task")]
     if not isinstance(plan, list) or not all(isinstance(task, str) for task in plan):
         raise ValueError(f"the record {record.get('id')!r} has no right `task` or `plan` to score against")
-    return tuple(plan)
+    return tuple(map(str, plan))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -220,7 +220,7 @@ class Router(BaseDecisionModel):
         """The steps: several where the reader has found them and nothing else has been decided meanwhile."""
         task, plan = max(shares, key=lambda name: shares[name]), reading.plan
         several = len(plan) > 1 and all(step in self._tasks for step in plan)
-        return plan if several and task in (reading.task, plan[0]) else (task,)
+        return plan if several and task in (reading.task, *plan[:1]) else (task,)
 
     async def _ask_engine(
         self, messages: Sequence[Message], shares: dict[str, float], llm: LLM
