@@ -56,7 +56,6 @@ def training() -> Anchors:
     return _anchors("training")
 
 
-@cache
 def _anchors(name: str) -> Anchors:
     with np.load(ANCHORS, allow_pickle=False) as stored:
         return Anchors(

@@ -165,7 +165,7 @@ class _Lesson:
         All at once, as a rule; where that does harm half of them, and so on: one bad label takes few others with it.
         """
         kept = list(range(given))
-        weights = self._weights(kept) if kept else None
+        weights = None
         waiting = [list(range(given, len(self.tasks)))]
         least = max(1, len(waiting[0]) // PARTS)
         while waiting:
@@ -175,6 +175,8 @@ class _Lesson:
             elif len(part) > least:
                 middle = len(part) // 2
                 waiting += [part[middle:], part[:middle]]
+        if weights is None and kept:
+            weights = self._weights(kept)
         return kept, weights
 
     def _weights(self, chosen: list[int]) -> Floats | None:

@@ -61,6 +61,11 @@ def describe(instruction: Instruction, message: str, plan: Sequence[str]) -> tup
     return tuple(steps)
 
 
+def words_between(message: str, start: int, end: int) -> str:
+    """The words of a part of a message, without what joins it to its neighbours."""
+    return message[start:end].strip(" \n\t,;.:，。；：、")
+
+
 def _clauses(instruction: Instruction, tasks: Sequence[str]) -> list[_Clause]:
     """The clauses that name a task; one that names none belongs to the clause before it, but not what a colon begins:
     that is the text that the steps work on.
@@ -96,7 +101,7 @@ def _joined(clauses: Sequence[_Clause]) -> list[_Clause]:
 
 
 def _as_step(clause: _Clause, message: str, index: int) -> Step:
-    words = message[clause.start : clause.end].strip(" \n\t,;.:，。；：、")
+    words = words_between(message, clause.start, clause.end)
     return Step(clause.task, "previous" if index else "message", words, clause.start, clause.end)
 
 

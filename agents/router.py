@@ -22,7 +22,7 @@ from agents.command import split_command
 from agents.encoder import Encoder
 from agents.instruction import split_instruction
 from agents.learning import Learned
-from agents.plan import describe
+from agents.plan import describe, words_between
 from agents.plugin_match import PluginMatch
 from agents.reader.plans import TASKS
 from agents.reader.reader import Reading, shared_reader
@@ -133,7 +133,8 @@ class Router(BaseDecisionModel):
             text = messages[asked[-1]].text if asked else ""
             steps = await self._in_thread(lambda: describe(split_instruction(text), text, plan))
             return Routed(plan[0], tuple(plan), shares, "explicit", _since(began), steps=steps)
-        chosen = explicit if explicit is not None else self.command(messages[asked[-1]].text) if asked else None
+        command = split_command(messages[asked[-1]].text, self._tasks) if asked else None
+        chosen = explicit if explicit is not None else command[0] if command is not None else None
         if chosen is not None:
             shares = {task: float(task == chosen) for task in dict.fromkeys((*self._tasks, chosen))}
             return Routed(chosen, (chosen,), shares, "explicit", _since(began))
@@ -157,11 +158,6 @@ class Router(BaseDecisionModel):
         declined = found == (FALLBACK,) and reading.unsupported >= DECLINED
         why = cues(reading, text, found[0])
         return Routed(found[0], found, shares, tier, _since(began), why, ask, steps, declined)
-
-    def command(self, text: str) -> str | None:
-        """The task a message beginning with `/task` asks for."""
-        found = split_command(text, self._tasks)
-        return found[0] if found is not None else None
 
     @property
     @override
@@ -270,8 +266,7 @@ def _steps(reading: Reading, text: str, plan: Sequence[str]) -> tuple[Step, ...]
         return steps
     worded = []
     for step, (start, end) in zip(steps, spans, strict=True):
-        words = text[start:end].strip(" \n\t,;.:，。；：、")
-        worded.append(replace(step, words=words, start=start, end=end))
+        worded.append(replace(step, words=words_between(text, start, end), start=start, end=end))
     return tuple(worded)
 
 

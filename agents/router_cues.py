@@ -11,13 +11,9 @@ from typing import Final
 _WORD: Final = r"\b"
 
 
-def _read(path: Path) -> dict[str, list[str]]:
-    alternatives: dict[str, list[str]] = tomllib.loads(path.read_text(encoding="utf-8"))
-    language = f"(?:{'|'.join(alternatives['language'])})"
-    return {name: [word.replace("{language}", language) for word in words] for name, words in alternatives.items()}
-
-
-_PATTERNS: Final = _read(Path(__file__).parent / "data" / "cues.toml")
+_PATTERNS: Final[dict[str, list[str]]] = tomllib.loads(
+    (Path(__file__).parent / "data" / "cues.toml").read_text(encoding="utf-8")
+)
 _ASKING: Final = ("translate_verb", "summarize", "write", "reason", "explain")
 _ORDERING: Final = ("translate_verb", "summarize", "write")
 

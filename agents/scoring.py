@@ -7,6 +7,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from agents.labelled import Labelled
+from agents.reader.reader import Reading
+
 BINS: Final = 10
 COVERAGES: Final = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5)
 SUREST: Final = 0.8
@@ -53,6 +56,11 @@ class Judged:
     def _f1(self, task: str) -> float:
         hit = sum(a == b == task for a, b in zip(self.expected, self.said, strict=True))
         return 2 * hit / (list(self.expected).count(task) + list(self.said).count(task)) if hit else 0.0
+
+
+def judged(items: Sequence[Labelled], readings: Sequence[Reading]) -> Judged:
+    """How readings fit labels."""
+    return Judged.of([item.task for item in items], [one.shares for one in readings])
 
 
 def expected_calibration_error(confidence: Sequence[float], right: Sequence[bool]) -> float:

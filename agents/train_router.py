@@ -31,7 +31,7 @@ from agents.reader.ranges import ranges
 from agents.reader.reader import QUALITY, WEIGHTS, Calibration, Reader, Reading, Weights
 from agents.reader.source import Source
 from agents.reader.train import FIRST_STEPS, examples, fresh, train
-from agents.scoring import SUREST, Judged
+from agents.scoring import SUREST, judged
 
 LIKE: Final = 0.15  # losses of another processor differ by no more
 ANCHORS_KEPT: Final = 1500
@@ -53,11 +53,6 @@ def first_losses() -> list[float]:
     """The losses of the first steps of training on some of the data as it is."""
     source = Source()
     return train(fresh(source), examples(Pieces(source), training_data()[::LOOKED_AT]), steps=FIRST_STEPS)
-
-
-def judged(items: Sequence[Labelled], readings: Sequence[Reading]) -> Judged:
-    """How readings fit labels."""
-    return Judged.of([item.task for item in items], [one.shares for one in readings])
 
 
 def quality(items: Sequence[Labelled], readings: Sequence[Reading]) -> dict[str, object]:

@@ -139,6 +139,15 @@ def hold_learning(labels: Labels, monkeypatch: pytest.MonkeyPatch) -> asyncio.Ev
     return answered
 
 
+async def announcing(one: Worker, monkeypatch: pytest.MonkeyPatch) -> tuple[Labels, HeldReplies, asyncio.Task[None]]:
+    """Labels of which the first is being added: it has been announced, and the reply to that is held."""
+    labels, replies = Labels(one.store, "tenant"), HeldReplies(one.store, monkeypatch)
+    replies.let(1)
+    adding = asyncio.create_task(labels.add("a", label("One", "qa")))
+    await until_async(lambda: replies.executed == 2)
+    return labels, replies, adding
+
+
 def test_label_keeps_what_the_router_saw_and_of_long_texts_both_ends() -> None:
     said: list[Message] = [system("Be kind."), *(user(str(number)) for number in range(9))]
     long = f"Begin {'x' * TEXT_MAX} end"
@@ -180,11 +189,7 @@ async def test_change_whose_message_was_lost_is_found(worker: Open, monkeypatch:
 async def test_label_added_while_another_one_is_announced_is_announced_too(
     worker: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = await worker()
-    labels, replies = Labels(one.store, "tenant"), HeldReplies(one.store, monkeypatch)
-    replies.let(1)
-    first = asyncio.create_task(labels.add("a", label("One", "qa")))
-    await until_async(lambda: replies.executed == 2)  # it has been announced and has no reply
+    labels, replies, first = await announcing(await worker(), monkeypatch)
     second = asyncio.create_task(labels.add("a", label("Two", "qa")))
     await until_async(lambda: replies.executed == 3)
     announced = (await labels.changes(0)).version
@@ -199,11 +204,7 @@ async def test_label_added_while_another_one_is_announced_is_announced_too(
 async def test_announcement_that_was_broken_off_is_made_at_the_next_call(
     worker: Open, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    one = await worker()
-    labels, replies = Labels(one.store, "tenant"), HeldReplies(one.store, monkeypatch)
-    replies.let(1)
-    adding = asyncio.create_task(labels.add("a", label("One", "qa")))
-    await until_async(lambda: replies.executed == 2)
+    labels, replies, adding = await announcing(await worker(), monkeypatch)
     adding.cancel()
     with pytest.raises(asyncio.CancelledError):
         await adding

@@ -1,6 +1,5 @@
 """Learning from corrections: a habit is picked up at once, nothing else is harmed, and harm is refused."""
 
-import json
 from collections import Counter
 from functools import cache
 
@@ -8,7 +7,7 @@ import numpy as np
 import pytest
 
 from agents.golden import golden
-from agents.labelled import GOLDEN, HABITS, HELD_OUT, Labelled, read_labelled
+from agents.labelled import GOLDEN, HABITS, HELD_OUT, Labelled, read_labelled, read_records
 from agents.learning import Learned, features_of
 from agents.reader.plans import TASKS
 from agents.reader.reader import Reading, shared_reader
@@ -18,7 +17,7 @@ from onebox.messages import Message, user
 
 
 def habit(name: str) -> list[Labelled]:
-    records = [json.loads(line) for line in HABITS.read_text(encoding="utf-8").splitlines()]
+    records = read_records(HABITS)
     return [item for item, record in zip(read_labelled([HABITS]), records, strict=True) if record["habit"] == name]
 
 

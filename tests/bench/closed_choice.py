@@ -7,7 +7,7 @@ import httpx
 
 from agents.labelled import GOLDEN, Labelled, read_labelled
 from agents.reader.reader import shared_reader
-from agents.scoring import Judged
+from agents.scoring import Judged, judged
 from tests.bench import report
 from tests.bench.decoding import MODEL
 from tests.bench.real_model import fetch, fresh_home
@@ -21,7 +21,7 @@ async def main() -> None:
     await fetch(MODEL)
     items = read_labelled([GOLDEN])
     readings = [shared_reader().read(item.messages) for item in items]
-    alone = Judged.of([item.task for item in items], [one.shares for one in readings])
+    alone = judged(items, readings)
     with fresh_home() as home:
         env = {"ONEBOX_MODEL": MODEL, "ONEBOX_ROUTER_ENGINE": "true"}
         with product(home, env) as ours:

@@ -15,12 +15,12 @@ from typing import Any
 
 import numpy as np
 
-from agents.labelled import BOUNDARY, GOLDEN, GOLDEN_PLANS, HABITS, HELD_OUT, Labelled, read_labelled
+from agents.labelled import BOUNDARY, GOLDEN, GOLDEN_PLANS, HABITS, HELD_OUT, Labelled, read_labelled, read_records
 from agents.learning import Learned
 from agents.reader.plans import TASKS
 from agents.reader.reader import Reading, shared_reader
 from agents.router import DECLINED
-from agents.scoring import COVERAGES, Judged
+from agents.scoring import COVERAGES, judged
 from onebox.labels import Label
 from tests.bench import report
 
@@ -45,7 +45,7 @@ async def main() -> None:
             [
                 (
                     f"{coverage:.0%}",
-                    *("{:.1%} (from {:.2f})".format(*_judged(known[n], read[n]).at_coverage(coverage)) for n in SETS),
+                    *("{:.1%} (from {:.2f})".format(*judged(known[n], read[n]).at_coverage(coverage)) for n in SETS),
                 )
                 for coverage in COVERAGES
             ],
@@ -64,23 +64,19 @@ async def main() -> None:
     report.write_section("decisions", "Decisions of the router", "\n\n".join(text))
 
 
-def _judged(items: Sequence[Labelled], readings: Sequence[Reading]) -> Judged:
-    return Judged.of([item.task for item in items], [one.shares for one in readings])
-
-
 def _row(name: str, items: Sequence[Labelled], readings: Sequence[Reading]) -> tuple[str, ...]:
-    judged = _judged(items, readings)
-    tasks = {task: judged.accuracy([item.task == task for item in items]) for task in TASKS}
+    found = judged(items, readings)
+    tasks = {task: found.accuracy([item.task == task for item in items]) for task in TASKS}
     worst = min(tasks, key=lambda task: tasks[task])
-    shares = [judged.accuracy([item.lang == lang for item in items]) for lang in ("zh", "en")]
+    shares = [found.accuracy([item.lang == lang for item in items]) for lang in ("zh", "en")]
     return (
         f"{name}, {len(items)}",
-        f"{judged.accuracy():.1%}",
-        f"{judged.accuracy([item.hard for item in items]):.1%}",
-        f"{judged.at_coverage(0.8)[0]:.1%}",
+        f"{found.accuracy():.1%}",
+        f"{found.accuracy([item.hard for item in items]):.1%}",
+        f"{found.at_coverage(0.8)[0]:.1%}",
         f"{worst} {tasks[worst]:.1%}",
         *(f"{share:.1%}" for share in shares),
-        f"{judged.calibration_error():.3f}",
+        f"{found.calibration_error():.3f}",
     )
 
 
@@ -112,7 +108,7 @@ def _boundary() -> list[tuple[str, str, str]]:
 
 
 def _habits(read: dict[str, list[Reading]]) -> list[tuple[str, ...]]:
-    records = [json.loads(line) for line in HABITS.read_text(encoding="utf-8").splitlines()]
+    records = read_records(HABITS)
     others, as_read = read_labelled(list(SETS.values())), [one for some in read.values() for one in some]
     rows = []
     for habit in dict.fromkeys(record["habit"] for record in records):
@@ -127,7 +123,7 @@ def _habits(read: dict[str, list[Reading]]) -> list[tuple[str, ...]]:
         rest = [shared_reader().read(item.messages) for item in items[TAUGHT:]]
         taught = [learned.taught(one, "a") for one in rest]
         after = [learned.taught(one, "a") for one in as_read]
-        before_others, after_others = _judged(others, as_read), _judged(others, after)
+        before_others, after_others = judged(others, as_read), judged(others, after)
         lost = {
             task: before_others.accuracy(chosen) - after_others.accuracy(chosen)
             for task in TASKS
@@ -137,8 +133,8 @@ def _habits(read: dict[str, list[Reading]]) -> list[tuple[str, ...]]:
         rows.append(
             (
                 habit,
-                f"{_judged(items[TAUGHT:], rest).accuracy():.0%}",
-                f"{_judged(items[TAUGHT:], taught).accuracy():.0%}",
+                f"{judged(items[TAUGHT:], rest).accuracy():.0%}",
+                f"{judged(items[TAUGHT:], taught).accuracy():.0%}",
                 f"{before_others.accuracy():.1%}",
                 f"{after_others.accuracy():.1%}",
                 f"{worst} {100 * lost[worst]:.1f} points",
