@@ -130,6 +130,7 @@ def test_down_without_an_instance_says_so(tmp_path: Path) -> None:
     assert "not running" in done.stdout
 
 
+@pytest.mark.faults
 def test_a_model_that_does_not_load_ends_up_with_one_line_that_says_what_to_do(tmp_path: Path) -> None:
     folder = tmp_path / "broken-model"
     folder.mkdir()

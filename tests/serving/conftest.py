@@ -27,7 +27,7 @@ SERVED = [
     "scripted-haproxy",
     "scripted-proxy",
     pytest.param("vllm-direct", marks=[pytest.mark.engine, pytest.mark.timeout(900)]),
-    pytest.param("vllm-haproxy", marks=[pytest.mark.engine, pytest.mark.timeout(900)]),
+    pytest.param("vllm-haproxy", marks=[pytest.mark.engine, pytest.mark.timeout(900), pytest.mark.faults]),
 ]
 
 

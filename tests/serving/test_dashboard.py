@@ -9,6 +9,7 @@ from tests.serving.wire import Wire
 
 @pytest.mark.engine
 @pytest.mark.timeout(900)
+@pytest.mark.faults
 @pytest.mark.parametrize("wire", ["vllm-haproxy"], indirect=True)
 def test_every_metric_of_vllm_on_the_dashboard_is_exported_by_vllm(wire: Wire) -> None:
     headers = {"authorization": f"Bearer {wire.token}"}

@@ -29,7 +29,7 @@ SCRIPTED = {
 }
 
 
-@pytest.fixture(scope="module", params=["haproxy", "proxy"])
+@pytest.fixture(scope="module", params=["haproxy", pytest.param("proxy", marks=pytest.mark.faults)])
 def three(request: pytest.FixtureRequest, test_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """Three replicas behind each kind of ingress."""
     values = SCRIPTED | {"home": str(test_home), "engine_replicas": "3", "engine_ingress": request.param}

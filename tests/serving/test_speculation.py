@@ -21,7 +21,9 @@ TIE = 0.126  # a step of bfloat16 where logits are 16 to 32, and a little
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 directly = pytest.mark.parametrize("wire", ["vllm-direct"], indirect=True)
-either = pytest.mark.parametrize("wire", ["vllm-direct", "vllm-haproxy"], indirect=True)
+either = pytest.mark.parametrize(
+    "wire", ["vllm-direct", pytest.param("vllm-haproxy", marks=pytest.mark.faults)], indirect=True
+)
 
 
 @either
