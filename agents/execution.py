@@ -301,14 +301,13 @@ class Execution:
 
     async def _receipt(self) -> Stopped:
         meter = self._meter
-        room, drawn = meter.open_room, meter.open_tokens
+        standing = meter.standing()
         if not meter.drawn:
             earlier = sum(len(entry.value[1]) for entry in self._before.entries if entry.kind == "frame")
             return Stopped(max(earlier, meter.completion_tokens))
         receipt = await self._executor.engines.abort_prefix(f"{self.name}-")
-        more = max(0, receipt.tokens - drawn) if receipt.tokens is not None else 0
         freed_ms = round(receipt.freed_ms, 1) if receipt.freed_ms is not None else None
-        return Stopped(meter.completion_tokens + more, max(0, room - more), freed_ms)
+        return Stopped(*standing.ended(receipt.tokens, meter.completion_tokens), freed_ms)
 
     async def _events(self) -> AsyncGenerator[Event, None]:
         request, executor = self._request, self._executor

@@ -30,6 +30,23 @@ ENGINE_PAUSE_S: Final = 0.5
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How far a run's open calls had got when it was stopped: tokens still to draw, drawn, and of the run in all."""
+
+    room: int
+    drawn: int
+    total: int
+
+    def ended(self, tokens: int | None, total: int) -> tuple[int, int]:
+        """The run's tokens and those not generated.
+
+        `tokens` is what the calls had drawn at their end, where the engine says it; `total` what has come meanwhile.
+        """
+        more = max((tokens or 0) - self.drawn, total - self.total)
+        return self.total + more, max(0, self.room - more)
+
+
 @dataclass(slots=True)
 class Meter:
     """What a run has cost so far, how its last engine call ended, and what its open calls may still draw."""
@@ -60,15 +77,10 @@ class Meter:
         """A call is over, whole or not."""
         del self.rooms[key], self.drawn[key]
 
-    @property
-    def open_tokens(self) -> int:
-        """Tokens drawn by the calls that are open."""
-        return sum(self.drawn.values())
-
-    @property
-    def open_room(self) -> int:
-        """Tokens that the open calls may still draw."""
-        return sum(self.rooms[key] - drawn for key, drawn in self.drawn.items())
+    def standing(self) -> Standing:
+        """How far the open calls have got."""
+        room = sum(self.rooms[key] - drawn for key, drawn in self.drawn.items())
+        return Standing(room, sum(self.drawn.values()), self.completion_tokens)
 
 
 class EngineLLM:
