@@ -19,6 +19,7 @@ from redis import Redis
 from agents.keys import KEYS
 from deploy.store import EmbeddedStore
 from onebox.sockets import free_port
+from tests.agents.forked import MODULES, Forked
 from tests.processes import ROOT
 
 START_TIMEOUT_S = 60
@@ -53,14 +54,18 @@ class Child:
     environment: Mapping[str, str]
     log: Path
     ready: Callable[[], bool]
-    process: "subprocess.Popen[bytes] | None" = None
+    process: "subprocess.Popen[bytes] | Forked | None" = None
 
     def start(self) -> None:
         """Start it and wait until it is ready."""
-        with self.log.open("ab") as sink:
-            self.process = subprocess.Popen(
-                self.argv, cwd=ROOT, env=dict(self.environment), stdout=sink, stderr=subprocess.STDOUT
-            )
+        python, *module = self.argv[:3]
+        if (python, *module[:1]) == (sys.executable, "-m") and module[1] in MODULES and "--place" not in self.argv:
+            self.process = Forked(module[1], self.argv[3:], self.environment, self.log)
+        else:
+            with self.log.open("ab") as sink:
+                self.process = subprocess.Popen(
+                    self.argv, cwd=ROOT, env=dict(self.environment), stdout=sink, stderr=subprocess.STDOUT
+                )
         try:
             until(self.ready, START_TIMEOUT_S)
         except AssertionError:
