@@ -206,12 +206,22 @@ end
 return run[1]
 """
 
-# KEYS: run. ARGV: plan. Keeps the plan that a run is to go on with. Answers the run's state, or 'unknown'.
+# KEYS: run. ARGV: plan, how many of its steps its author has seen begin. Keeps the plan that a run is to go on with,
+# unless more of them have begun. Answers the run's state, 'unknown' or 'begun'.
 REPLAN: Final = """
-local state = redis.call('HGET', KEYS[1], 'state')
-if not state or state == 'void' then return 'unknown' end
-if state == 'running' then redis.call('HSET', KEYS[1], 'plan', ARGV[1]) end
-return state
+local run = redis.call('HMGET', KEYS[1], 'state', 'begun')
+if not run[1] or run[1] == 'void' then return 'unknown' end
+if run[1] ~= 'running' then return run[1] end
+if tonumber(run[2] or '0') > tonumber(ARGV[2]) then return 'begun' end
+redis.call('HSET', KEYS[1], 'plan', ARGV[1])
+return run[1]
+"""
+
+# KEYS: run. ARGV: how many of its steps will have begun. The plan to go on with, if one was kept; it is fixed that far.
+NEXT_STEP: Final = """#!lua flags=allow-oom
+if redis.call('HGET', KEYS[1], 'state') ~= 'running' then return false end
+redis.call('HSET', KEYS[1], 'begun', ARGV[1])
+return redis.call('HGET', KEYS[1], 'plan')
 """
 
 # KEYS: run, events, journal, leases, idempotency; for a turn also conversation, turns, order, variants, lock.

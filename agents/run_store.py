@@ -22,6 +22,7 @@ from onebox.messages import Message
 from onebox.plugin import Sampling
 
 RunState = Literal["running", "completed", "failed", "stopped"]
+Revision = Literal["kept", "begun", "ended"]
 
 CHANNEL: Final = "onebox:worker:"
 LOST_CHANNEL: Final = "onebox:lost"
@@ -281,16 +282,18 @@ class RunStore:
         if await self._store.run(STOP, [RunKeys(tenant, run_id).run], [run_id, CHANNEL]) == b"unknown":
             raise unknown_run(run_id)
 
-    async def replan(self, tenant: str, run_id: str, plan: Sequence[str]) -> bool:
-        """Keep another plan for a run to go on with; False where it has ended.
+    async def replan(self, tenant: str, run_id: str, plan: Sequence[str], begun: int) -> Revision:
+        """Keep another plan for a run to go on with, unless more than `begun` of its steps have begun.
 
         Raises:
             UnknownRun: there is none.
         """
-        state = await self._store.run(REPLAN, [RunKeys(tenant, run_id).run], [",".join(plan)])
+        state = await self._store.run(REPLAN, [RunKeys(tenant, run_id).run], [",".join(plan), begun])
         if state == b"unknown":
             raise unknown_run(run_id)
-        return bool(state == b"running")
+        if state == b"begun":
+            return "begun"
+        return "kept" if state == b"running" else "ended"
 
     async def forget(self, tenant: str, run_id: str) -> bool:
         """Remove a run that has ended; False where it still runs.

@@ -24,6 +24,7 @@ from agents.run_store import (
     CHANNEL,
     LOST_CHANNEL,
     Idempotency,
+    Revision,
     RunRecord,
     RunRequest,
     RunStore,
@@ -219,13 +220,13 @@ class Runs:
                 retry_after_s=1.0,
             ) from None
 
-    async def replan(self, tenant: str, run_id: str, plan: Sequence[str]) -> bool:
-        """Let a run, on whatever worker, go on with another plan after its present step; False where it has ended.
+    async def replan(self, tenant: str, run_id: str, plan: Sequence[str], begun: int) -> Revision:
+        """Let a run, on whatever worker, go on with another plan, unless more than `begun` of its steps have begun.
 
         Raises:
             UnknownRun: there is no such run.
         """
-        return await self._store.replan(tenant, run_id, plan)
+        return await self._store.replan(tenant, run_id, plan, begun)
 
     async def delete(self, tenant: str, run_id: str) -> None:
         """Remove a run's log; one that runs is stopped first.

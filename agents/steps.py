@@ -9,6 +9,7 @@ from typing import Final
 from agents.instruction import split_instruction
 from agents.journal import Journal
 from agents.params import fit_params
+from agents.run_scripts import NEXT_STEP
 from agents.store import Store
 from onebox.errors import BadRequest, StoreUnavailable
 from onebox.events import Step
@@ -44,13 +45,16 @@ def replanned(steps: Sequence[Step], begun: int, plan: Sequence[str]) -> tuple[S
 async def changed_by_user(
     journal: Journal, store: Store, run_key: str, steps: Sequence[Step], begun: int
 ) -> tuple[Step, ...] | None:
-    """The steps as a user has changed them since the run began, as `replanned`; what was found is in the journal."""
+    """The steps as a user has changed them since the run began, as `replanned`; what was found is in the journal.
+
+    From then on the step after the `begun` first ones counts as begun, and a plan without it is refused.
+    """
     call = journal.open("plan", begun)
     if (entry := await journal.answer(call)) is not None:
         plan = entry.value
     else:
         try:
-            raw = await store.hash_get(run_key, "plan")
+            raw = await store.run(NEXT_STEP, [run_key], [begun + 1])
         except StoreUnavailable:  # the run goes on as it was
             raw = None
         plan = raw.decode() if raw is not None else None

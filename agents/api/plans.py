@@ -44,6 +44,7 @@ async def change_plan(gateway: Gateway, tenant: str, run_id: str, plan: Sequence
         if isinstance(event, Routed | Replanned):
             current = event.plan
             decided = event if isinstance(event, Routed) else decided
+            begun = max(begun, 1)  # its first step begins at once
         elif isinstance(event, StepStarted):
             begun = event.index + 1
     if record.state != "running" or begun >= len(current):
@@ -55,7 +56,10 @@ async def change_plan(gateway: Gateway, tenant: str, run_id: str, plan: Sequence
         raise Conflict(
             f"The first {begun} of the steps have begun: {list(current[:begun])!r}. Begin the plan with them."
         )
-    if not await gateway.runs.replan(tenant, run_id, chosen):
-        raise Conflict("The run has ended. Send the message again with the plan wanted.")
+    match await gateway.runs.replan(tenant, run_id, chosen, begun):
+        case "ended":
+            raise Conflict("The run has ended. Send the message again with the plan wanted.")
+        case "begun":
+            raise Conflict("Another step has begun meanwhile. Look at the run's steps and change those that are left.")
     gateway.corrections.replanned(record, decided, chosen)
     return chosen

@@ -8,13 +8,18 @@ from typing import Any
 import pytest
 from redis import Redis
 
+from agents.run_scripts import NEXT_STEP
+from agents.run_store import RunStore
 from agents.steps import replanned, request_of
+from agents.store import Store
+from agents.store_keys import RunKeys
 from deploy.store import EmbeddedStore
 from onebox.client import Client
 from onebox.errors import Conflict
 from onebox.events import Completed, Event, Replanned, Routed, Step, StepStarted, TextDelta, decode
 from onebox.messages import user
 from onebox.plans import replan, steps_of
+from onebox.settings import Settings
 from onebox.sockets import free_port
 from tests.agents.processes import ADMIN_KEY, Child, Stack, run_stack, until
 
@@ -181,3 +186,30 @@ async def test_worker_that_takes_over_goes_on_with_the_changed_plan(slow: Stack,
     events = finished(slow, run)
     assert begun(events) == ["summarize", "translate"]
     assert sum(isinstance(event, Replanned) for event in events) == 1
+
+
+async def test_plan_that_comes_as_the_next_step_begins_is_refused(slow: Stack) -> None:
+    store = Store(Settings.model_validate({"redis_url": slow.embedded.url}))
+    runs, key = RunStore(store, "worker", 10.0, 60), RunKeys("default", "a-run").run
+    with Redis.from_url(slow.embedded.url) as redis:
+        redis.hset(key, "state", "running")
+    try:
+        assert await runs.replan("default", "a-run", ["qa", "write"], 1) == "kept"
+        assert await store.run(NEXT_STEP, [key], [2]) == b"qa,write"
+        assert await runs.replan("default", "a-run", ["qa"], 1) == "begun"
+        assert await runs.replan("default", "a-run", ["qa", "write", "translate"], 2) == "kept"
+        with Redis.from_url(slow.embedded.url) as redis:
+            redis.hset(key, "state", "completed")
+        assert await store.run(NEXT_STEP, [key], [3]) is None
+        assert await runs.replan("default", "a-run", ["qa", "write"], 2) == "ended"
+    finally:
+        await store.close()
+
+
+async def test_first_step_cannot_be_changed_once_it_is_decided(slow: Stack) -> None:
+    run = start(slow, plan=["summarize", "write"])
+    until(lambda: any(isinstance(event, Routed) for event in log_of(slow, run)))
+    async with Client(slow.url, ADMIN_KEY) as client:
+        with pytest.raises(Conflict, match="have begun"):
+            await client.replan(run, ["translate", "write"])
+    assert begun(finished(slow, run)) == ["summarize", "write"]
