@@ -17,7 +17,7 @@ from gradio.components import Component
 from gradio.components.chatbot import Message, MessageDict
 from pydantic import ValidationError
 
-from onebox.client import Client
+from onebox.client import Client, Feedback
 from onebox.errors import OneboxError, UnknownConversation
 from onebox.records import Conversation, ConversationSummary, Readiness, TaskInfo
 from ui import render
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 ASSETS = Path(__file__).parent / "assets"
 LIST_LENGTH = 100
+RATINGS: dict[object, Feedback] = {True: "like", False: "dislike", "Like": "like", "Dislike": "dislike"}
 BEGIN_JS = "(...inputs) => { window.onebox.begin(); return inputs; }"
 BEGIN_SEND_JS = "(...inputs) => window.onebox.send(inputs)"
 HERE_JS = "() => [window.onebox.conversation()]"
@@ -406,13 +407,10 @@ class Page(Layout):
     async def on_like(self, current: str, lang: str, shown: dict[str, int], event: gr.LikeData) -> Outputs:
         """Store a thumb."""
         words = strings(lang)
-        value = {True: "like", False: "dislike", "Like": "like", "Dislike": "dislike"}.get(event.liked)
         try:
             turn = (await self._client.conversation(current)).turns[_message_number(event.index) // 2]
             variant = turn.variants[render.shown_variant(turn, shown)]
-            await self._client.feedback(
-                current, variant.run_id, "like" if value == "like" else "dislike" if value == "dislike" else None
-            )
+            await self._client.feedback(current, variant.run_id, RATINGS.get(event.liked))
         except OneboxError as error:
             return {self.notice: render.notice(render.friendly(error.code, words), words)}
         return {self.notice: ""}
