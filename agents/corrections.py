@@ -92,7 +92,7 @@ class Corrections:
         known = await self._labels.get(tenant, new_label(tenant, "variant", messages, plan, was, "tenant").id)
         if value != "like":
             if known is not None and known.source == "variant" and known.run_id == run_id:
-                await self._labels.remove(tenant, known.id)
+                await self._labels.remove(tenant, known.id, made)
         elif plan != was and (known is None or known.plan != plan):
             await self._note(tenant, "variant", messages, plan, was, run_id, made)
 
@@ -117,7 +117,7 @@ class Corrections:
         if label.plan != first:
             await self._labels.add(tenant, replace(label, was=first))
         elif known is not None:
-            await self._labels.remove(tenant, label.id)
+            await self._labels.remove(tenant, label.id, made)
 
     def _spawn(self, tenant: str, work: Coroutine[Any, Any, None]) -> None:
         """Do it after the tenant's corrections before it."""

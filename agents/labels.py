@@ -32,6 +32,7 @@ _LABEL: Final = TypeAdapter(Label)
 _ID: Final = re.compile(r"label_[0-9a-f]{24}")
 _CURSOR: Final = re.compile(r"(\d{1,16})\.(label_[0-9a-f]{24})")
 _GAP: Final = " … "
+_EVER: Final = 2**53
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,15 @@ if over > 0 then
   local oldest = redis.call('ZPOPMIN', KEYS[2], over)
   for i = 1, #oldest, 2 do redis.call('HDEL', KEYS[1], oldest[i]) end
 end
+"""
+
+# KEYS: labels, order. ARGV: label id, µs up to which it was created. Answers 1 if there was one.
+_REMOVE: Final = """
+local there = redis.call('ZSCORE', KEYS[2], ARGV[1])
+if not there or tonumber(there) > tonumber(ARGV[2]) then return 0 end
+redis.call('HDEL', KEYS[1], ARGV[1])
+redis.call('ZREM', KEYS[2], ARGV[1])
+return 1
 """
 
 # KEYS: version, changed. ARGV: tenant, channel.
@@ -99,14 +109,12 @@ class Labels:
         async with self._told(tenant):
             await self._store.run(_ADD, [keys.labels, keys.order], args)
 
-    async def remove(self, tenant: str, identifier: str) -> bool:
-        """Undo a label; False where there is none."""
+    async def remove(self, tenant: str, identifier: str, until: float | None = None) -> bool:
+        """Undo a label, unless it was created after `until`; False where there is none."""
         keys = LabelKeys(tenant)
         async with self._told(tenant):
-            removed, _ = await self._store.transaction(
-                [("HDEL", keys.labels, identifier), ("ZREM", keys.order, identifier)]
-            )
-        return bool(removed)
+            args: list[Argument] = [identifier, _EVER if until is None else round(until * 1e6)]
+            return bool(await self._store.run(_REMOVE, [keys.labels, keys.order], args))
 
     async def get(self, tenant: str, identifier: str) -> Label | None:
         """One label; None where there is none that can be read."""

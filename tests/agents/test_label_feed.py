@@ -4,6 +4,7 @@ import asyncio
 import logging
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -393,6 +394,22 @@ async def test_correction_that_is_noted_late_does_not_replace_a_newer_one(
         answered.set()
         await until_async(lambda: not corrections._tasks)
     assert await one.labels.all("a") == [newer]
+
+
+async def test_correction_taken_back_late_does_not_remove_a_newer_one(
+    worker: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = await worker()
+    answered = hold_learning(one.labels, monkeypatch)
+    async with Corrections(one.labels, Conversations(one.store)) as corrections:
+        corrections.replanned(run_of("Hello"), Routed("chat", ("chat",), {}, "head", 1.0), ["chat"])
+        newer = replace(label("Hello", "reason"), was=("chat",))
+        await one.labels.add("a", newer)
+        answered.set()
+        await until_async(lambda: not corrections._tasks)
+    assert await one.labels.all("a") == [newer]
+    assert await one.labels.remove("a", newer.id)
+    assert await one.labels.all("a") == []
 
 
 async def test_correction_is_lost_with_one_warning_while_the_store_is_away(caplog: pytest.LogCaptureFixture) -> None:
