@@ -13,8 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from agents.reader.plans import TASKS
-from agents.reader.reader import WEIGHTS, Reading
+from agents.reader.reader import Reading
 from agents.reader.source import Floats
+from agents.reader.weights import WEIGHTS
 
 HARM: Final = 0.005  # of the golden messages, which nothing that is learned later may cost
 TASK_HARM: Final = 0.015  # of those of one task: one message of seventy

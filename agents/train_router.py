@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from typing import Final
 
 import numpy as np
-from numpy.typing import NDArray
+import torch
 
 from agents.golden import ANCHORS, write_anchors
 from agents.labelled import DATA, GOLDEN, TRAINING, Labelled, read_labelled, training_data
@@ -28,9 +28,10 @@ from agents.reader.net import Net
 from agents.reader.pieces import Pieces
 from agents.reader.plans import TASKS
 from agents.reader.ranges import ranges
-from agents.reader.reader import QUALITY, WEIGHTS, Calibration, Reader, Reading, Weights
+from agents.reader.reader import QUALITY, Reader, Reading
 from agents.reader.source import Source
 from agents.reader.train import FIRST_STEPS, examples, fresh, train
+from agents.reader.weights import WEIGHTS, Calibration, Weights, stored
 from agents.scoring import SUREST, judged
 
 LIKE: Final = 0.15  # losses of another processor differ by no more
@@ -94,7 +95,7 @@ def unsupported_bias(readings: Sequence[Reading], items: Sequence[Labelled]) -> 
 
 def write(net: Net, source: Source) -> None:
     """Calibrate what was trained and write all files."""
-    kept: dict[str, NDArray[np.generic]] = {name: value.astype(np.float16) for name, value in net.arrays().items()}
+    kept = stored(net.arrays(), source)
     seen = examples(Pieces(source), training_data()[::RANGED])
     kept |= {name: value.astype(np.float16) for name, value in ranges(net, seen).items() if ".out." not in name}
     kept["digest"], kept["losses"] = np.array(digest()), np.array(first_losses(), np.float32)
@@ -132,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.write("The shipped weights are what the data gives.\n" if same else "They are NOT what it gives.\n")
         return 0 if same else 1
     began, source = time.monotonic(), Source()
-    net, pieces = fresh(source), Pieces(source)
+    net, pieces = fresh(source, "cuda" if torch.cuda.is_available() else "cpu"), Pieces(source)
 
     def told(_: Net, turn: int) -> None:
         sys.stdout.write(f"round {turn + 1} done after {time.monotonic() - began:.0f} s\n")

@@ -1,12 +1,11 @@
-"""The reader as a torch module whose layers can be adapted; for training only.
+"""The reader as a torch module; for training only.
 
-What is trained are low-rank changes of the upper layers' matrices (Hu et al. 2021, LoRA), their biases and norms, and
-the answers. The lower layers stay as they are, so what they make of a text is worked out once.
+What is trained are the upper layers and the answers. The lower layers stay as they are, so what they make of a text is
+worked out once.
 """
 
-import math
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
@@ -16,11 +15,10 @@ from torch.nn import functional as F
 
 from agents.reader.encoding import LENGTH
 from agents.reader.plans import ANSWERS, COLUMNS, COUNT, POOL_OF, POOLS
-from agents.reader.source import EPSILON, HEADS, INNER, WIDTH, Source
+from agents.reader.source import EPSILON, HEADS, WIDTH, Source
 
 LAYERS: Final = 8
 FROZEN: Final = 2
-RANK: Final = 16
 PAD: Final = 1
 DROPOUT: Final = 0.1
 
@@ -29,46 +27,13 @@ def pad(texts: Sequence[torch.Tensor], filler: int = PAD) -> tuple[torch.Tensor,
     """Texts of different lengths (pieces, or a row of numbers for each) side by side, and where there is something."""
     sizes = torch.tensor([len(text) for text in texts])
     padded = nn.utils.rnn.pad_sequence(list(texts), batch_first=True, padding_value=filler)
-    return padded, torch.arange(padded.shape[1])[None] < sizes[:, None]
+    return padded, (torch.arange(padded.shape[1])[None] < sizes[:, None]).to(padded.device)
 
 
-class Product(torch.autograd.Function):
-    """x (weight + up down)' + bias, without the gradient of the whole matrix: a seventh of a training step."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, *matrices: torch.Tensor) -> torch.Tensor:
-        weight, up, down, bias = matrices
-        rows = x.reshape(-1, x.shape[-1])
-        thin = rows @ down.T
-        ctx.save_for_backward(rows, thin, weight, up, down)
-        return torch.addmm(bias, rows, weight.T).addmm_(thin, up.T).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, thin, weight, up, down = ctx.saved_tensors
-        (whole,) = gradients
-        given = whole.reshape(-1, whole.shape[-1])
-        narrow = given @ up
-        back = (given @ weight).addmm_(narrow, down).view(*whole.shape[:-1], -1)
-        return back, None, given.T @ thin, narrow.T @ rows, given.sum(0)
-
-
-class Adapted(nn.Module):
-    """A fixed matrix with a low-rank change, and a bias."""
-
-    weight: torch.Tensor
-
-    def __init__(self, weight: NDArray[np.float32], bias: NDArray[np.float32]) -> None:
-        super().__init__()
-        self.register_buffer("weight", torch.tensor(weight))
-        self.bias = nn.Parameter(torch.tensor(bias))
-        self.down = nn.Parameter(torch.randn(RANK, weight.shape[1]) / math.sqrt(weight.shape[1]))
-        self.up = nn.Parameter(torch.zeros(weight.shape[0], RANK))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """The product."""
-        found: torch.Tensor = Product.apply(x, self.weight, self.up, self.down, self.bias)
-        return found
+def _linear(weight: NDArray[np.float32], bias: NDArray[np.float32]) -> nn.Linear:
+    made: nn.Linear = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0])
+    made.load_state_dict({"weight": torch.tensor(weight), "bias": torch.tensor(bias)})
+    return made
 
 
 class Layer(nn.Module):
@@ -76,18 +41,8 @@ class Layer(nn.Module):
 
     def __init__(self, source: Source, number: int) -> None:
         super().__init__()
-
-        def adapted(parts: tuple[str, ...], rows: int, columns: int) -> Adapted:
-            weight = np.concatenate([source.matrix(f"l{number}.{part}.w", rows, columns) for part in parts])
-            return Adapted(weight, np.concatenate([source.floats(f"l{number}.{part}.b", rows) for part in parts]))
-
-        self.mix = adapted(("q", "k", "v"), WIDTH, WIDTH)
-        self.out = adapted(("ao",), WIDTH, WIDTH)
-        self.first = adapted(("fi",), INNER, WIDTH)
-        self.second = adapted(("fo",), WIDTH, INNER)
-        self.norms = nn.ParameterList(
-            torch.tensor(source.floats(f"l{number}.{part}", WIDTH)) for part in ("aln.w", "aln.b", "oln.w", "oln.b")
-        )
+        self.mix, self.out, self.first, self.second = (_linear(*one) for one in source.matrices(number).values())
+        self.norms = nn.ParameterList(torch.tensor(norm) for norm in source.norms(number))
 
     def forward(self, x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """The state of each piece after this layer."""
@@ -108,7 +63,7 @@ class Net(nn.Module):
     spread: torch.Tensor
     pool_of: torch.Tensor
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: Source, device: str = "cpu") -> None:
         super().__init__()
         self._source = source
         self._places = torch.tensor(source.floats("emb.pos", LENGTH, WIDTH) + source.floats("emb.type", WIDTH))
@@ -125,6 +80,14 @@ class Net(nn.Module):
         nn.init.zeros_(self.answers.bias)
         nn.init.normal_(self.answers.weight, std=0.02)
         self.register_buffer("pool_of", torch.from_numpy(POOL_OF))
+        self.to(device)
+        self._lower = [layer.to(device) for layer in self._lower]
+        self._places, self._norm = self._places.to(device), [part.to(device) for part in self._norm]
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.middle.device
 
     def heads(self) -> list[nn.Parameter]:
         """What is learned from nothing."""
@@ -132,10 +95,11 @@ class Net(nn.Module):
 
     @torch.no_grad()
     def lower(self, ids: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
-        """The state of each piece after the layers that are not trained."""
+        """The state of each piece after the layers that are not trained. `ids` are in the main memory."""
         known, where = np.unique(ids.numpy(), return_inverse=True)
-        words = torch.from_numpy(self._source.rows(known))[torch.from_numpy(where.reshape(ids.shape))]
+        words = torch.from_numpy(self._source.rows(known))[torch.from_numpy(where.reshape(ids.shape))].to(self.device)
         x = F.layer_norm(words + self._places[: ids.shape[1]], (WIDTH,), self._norm[0], self._norm[1], EPSILON)
+        real = real.to(self.device)
         for layer in self._lower:
             x = layer(x, real)
         return x
@@ -164,7 +128,7 @@ class Net(nn.Module):
         kept["weigh.weight"] = self.weigh.weight / self.spread
         kept["answers.weight"] = self.answers.weight / self.spread
         kept["answers.bias"] = self.answers.bias - kept["answers.weight"] @ self.middle
-        return {name: value.detach().numpy() for name, value in kept.items()}
+        return {name: value.detach().cpu().numpy() for name, value in kept.items()}
 
     def slots(self, scores: torch.Tensor, plans: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The scores of each slot where the steps before it are those of `plans`."""

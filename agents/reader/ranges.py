@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from agents.reader.net import Adapted, Net
+from agents.reader.net import Net
 from agents.reader.train import Example, scores
 
 
@@ -29,9 +29,9 @@ def ranges(net: Net, some: Sequence[Example]) -> dict[str, NDArray[np.float32]]:
         module.register_forward_pre_hook(partial(look, f"layers.{number}.{name}.range"))
         for number, layer in enumerate(layers)
         for name, module in layer.named_children()
-        if isinstance(module, Adapted)
+        if isinstance(module, torch.nn.Linear)
     ]
     scores(net.eval(), [Example(one.ids, one.plan, one.unsupported) for one in some])
     for hook in hooks:
         hook.remove()
-    return {name: value.numpy() for name, value in found.items()}
+    return {name: value.cpu().numpy() for name, value in found.items()}

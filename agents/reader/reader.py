@@ -7,7 +7,6 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Final
 
 import numpy as np
@@ -18,26 +17,12 @@ from agents.reader.encoding import LENGTH, encode
 from agents.reader.graph import Layer, Layers
 from agents.reader.pieces import Pieces
 from agents.reader.plans import COLUMNS, COUNT, POOL_OF, STOP, TASKS, UNSUPPORTED, softmax
-from agents.reader.source import EPSILON, INNER, WIDTH, Floats, Source
+from agents.reader.source import EPSILON, WIDTH, Floats, Source
+from agents.reader.weights import WEIGHTS, Weights
 from onebox.messages import Message
 
-WEIGHTS: Final = Path(__file__).parent.parent / "data" / "reader.npz"
 QUALITY: Final = WEIGHTS.with_name("router_quality.json")
 _LOADING: Final = threading.Lock()
-SMOOTHED: Final = 0.8  # how much of an input's reach is moved into the matrix
-
-
-@dataclass(frozen=True, slots=True)
-class Calibration:
-    """What turns scores into shares (a divisor, a bias), and the share from which on a plan has several steps."""
-
-    first: float = 1.0
-    unsupported_bias: float = 0.0
-    several: float = 0.5
-
-    def numbers(self) -> tuple[float, float, float]:
-        """As they are stored."""
-        return self.first, self.unsupported_bias, self.several
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,50 +54,6 @@ class Reading:
     def task(self) -> str:
         """The likeliest first step."""
         return TASKS[int(self.probabilities.argmax())]
-
-
-class Weights:
-    """What training has made: the file's arrays by the names that training gave them."""
-
-    def __init__(self, arrays: dict[str, NDArray[np.generic]]) -> None:
-        self.arrays = arrays
-
-    @classmethod
-    def load(cls, path: Path = WEIGHTS) -> "Weights":
-        """Those stored at `path`."""
-        with np.load(path, allow_pickle=False) as stored:
-            return cls({name: stored[name] for name in stored.files})
-
-    def __getitem__(self, name: str) -> Floats:
-        return np.asarray(self.arrays[name], np.float32)
-
-    @property
-    def calibration(self) -> Calibration:
-        """How scores are read."""
-        return Calibration(*(float(value) for value in self["calibration"]))
-
-    @property
-    def layers(self) -> int:
-        """How many layers were trained."""
-        return 1 + max(int(name.split(".")[1]) for name in self.arrays if name.startswith("layers."))
-
-    def changed(self, name: str, whole: Floats) -> Floats:
-        """A matrix of the pretrained model as training has changed it, if it has."""
-        if f"{name}.up" not in self.arrays:
-            return whole
-        return np.asarray(whole + self[f"{name}.up"] @ self[f"{name}.down"], np.float32)
-
-    def divisor(self, name: str, matrix: Floats) -> Floats | None:
-        """By what the inputs of a matrix (one row each) are divided before they are rounded, if that is known."""
-        if f"{name}.range" not in self.arrays:
-            return None
-        reach, weight = self[f"{name}.range"], np.abs(matrix).max(1)
-        found: Floats = np.maximum(reach, 1e-4) ** SMOOTHED / np.maximum(weight, 1e-4) ** (1 - SMOOTHED)
-        return found
-
-    def given(self, name: str, otherwise: Floats) -> Floats:
-        """A row of numbers that training has changed, or as it was."""
-        return self[name] if name in self.arrays else otherwise
 
 
 class Reader:
@@ -179,25 +120,12 @@ def _loaded() -> Reader:
     return Reader()
 
 
-_PARTS: Final = (
-    ("mix", ("q", "k", "v"), WIDTH, WIDTH),
-    ("out", ("ao",), WIDTH, WIDTH),
-    ("first", ("fi",), INNER, WIDTH),
-    ("second", ("fo",), WIDTH, INNER),
-)
-_NORMS: Final = ("aln.w", "aln.b", "oln.w", "oln.b")
-
-
 def _layer(source: Source, kept: Weights, number: int) -> Layer:
     at = f"layers.{number}."
-    matrices, biases = [], []
-    for name, parts, rows, columns in _PARTS:
-        whole = np.concatenate([source.matrix(f"l{number}.{part}.w", rows, columns) for part in parts])
-        bias = np.concatenate([source.floats(f"l{number}.{part}.b", rows) for part in parts])
-        matrices.append(kept.changed(f"{at}{name}", whole).T)
+    matrices, biases, divisors = [], [], []
+    for name, (before, bias) in source.matrices(number).items():
+        matrices.append(kept.changed(f"{at}{name}", before).T)
         biases.append(kept.given(f"{at}{name}.bias", bias))
-    norms = [
-        kept.given(f"{at}norms.{place}", source.floats(f"l{number}.{part}", WIDTH)) for place, part in enumerate(_NORMS)
-    ]
-    divisors = [kept.divisor(f"{at}{name}", matrix) for (name, *_), matrix in zip(_PARTS, matrices, strict=True)]
+        divisors.append(kept.divisor(f"{at}{name}", matrices[-1]))
+    norms = [kept.given(f"{at}norms.{place}", norm) for place, norm in enumerate(source.norms(number))]
     return Layer(tuple(matrices), tuple(biases), tuple(norms), tuple(divisors))

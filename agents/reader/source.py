@@ -27,6 +27,15 @@ EPSILON: Final = 1e-12  # of every norm
 BLOCK: Final = 32
 BLOCK_BYTES: Final = 18
 
+# The matrices of a layer: what they are called here, their parts in the file, rows and columns of a part.
+MATRICES: Final = (
+    ("mix", ("q", "k", "v"), WIDTH, WIDTH),
+    ("out", ("ao",), WIDTH, WIDTH),
+    ("first", ("fi",), INNER, WIDTH),
+    ("second", ("fo",), WIDTH, INNER),
+)
+NORMS: Final = ("aln.w", "aln.b", "oln.w", "oln.b")
+
 Floats = NDArray[np.float32]
 
 
@@ -89,6 +98,18 @@ class Source:
         """A tensor of four-bit numbers, as single-precision ones."""
         size = rows * columns // BLOCK * BLOCK_BYTES
         return _numbers(os.pread(self._file, size, self._offsets[name])).reshape(rows, columns)
+
+    def matrices(self, number: int) -> dict[str, tuple[Floats, Floats]]:
+        """The matrices of a layer, one row an output, and their biases; the first holds queries, keys and values."""
+        found = {}
+        for name, parts, rows, columns in MATRICES:
+            whole = np.concatenate([self.matrix(f"l{number}.{part}.w", rows, columns) for part in parts])
+            found[name] = whole, np.concatenate([self.floats(f"l{number}.{part}.b", rows) for part in parts])
+        return found
+
+    def norms(self, number: int) -> list[Floats]:
+        """Weight and bias of a layer's two norms."""
+        return [self.floats(f"l{number}.{part}", WIDTH) for part in NORMS]
 
 
 def _numbers(raw: bytes) -> Floats:

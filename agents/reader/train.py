@@ -4,6 +4,7 @@ The same data gives the same weights on the same kind of processor.
 """
 
 import math
+import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,10 +22,9 @@ from agents.reader.pieces import Pieces
 from agents.reader.plans import POOLS, STOP, UNSUPPORTED, numbers
 from agents.reader.source import WIDTH, Source
 
-ROUNDS: Final = 5
-AVERAGED: Final = 3  # rounds whose ends the weights are the mean of (Izmailov et al. 2018)
+ROUNDS: Final = 4
 BATCH: Final = 32
-RATE: Final = 1.5e-3
+RATE: Final = 1e-4
 HEAD_RATE: Final = 5e-4
 WARM_UP: Final = 50
 SMOOTHING: Final = 0.05
@@ -60,12 +60,15 @@ def examples(pieces: Pieces, items: Sequence[Labelled]) -> list[Example]:
     ]
 
 
-def fresh(source: Source) -> Net:
+def fresh(source: Source, device: str = "cpu") -> Net:
     """A net that has learned nothing; always the same. Sets torch's seed, threads and determinism for the process."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what determinism asks for
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
+    torch.backends.cuda.enable_flash_sdp(False)
+    torch.backends.cuda.enable_mem_efficient_sdp(False)
     torch.set_num_threads(2)
-    return Net(source)
+    return Net(source, device)
 
 
 def train(
@@ -90,7 +93,6 @@ def train(
     net.train()
     total, step = ROUNDS * math.ceil(len(seen) / BATCH), 0
     losses: list[float] = []
-    ends: list[dict[str, torch.Tensor]] = []
     for turn in range(ROUNDS):
         for some in _batches(seen):
             if step == steps:
@@ -107,13 +109,9 @@ def train(
             step += 1
             if len(losses) < FIRST_STEPS:
                 losses.append(round(loss.item(), 4))
-        ends = [*ends, {name: value.detach().clone() for name, value in net.named_parameters()}][-AVERAGED:]
         if after is not None:
             after(net.eval(), turn)
             net.train()
-    with torch.no_grad():
-        for name, value in net.named_parameters():
-            value.copy_(torch.stack([end[name] for end in ends]).mean(0))
     net.eval()
     return losses
 
@@ -123,7 +121,7 @@ def scores(net: Net, known: Sequence[Example]) -> NDArray[np.float32]:
     found = np.zeros((len(known), UNSUPPORTED + 1), dtype=np.float32)
     with torch.no_grad():
         for some in _alike(known):
-            found[some] = net(*_states(net, [known[index] for index in some])).numpy()
+            found[some] = net(*_states(net, [known[index] for index in some])).cpu().numpy()
     return found
 
 
@@ -132,7 +130,7 @@ def _probe(net: Net, known: Sequence[Example]) -> None:
     what is missing and not what is known (Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features").
     """
     some = random.sample(list(known), min(PROBED, len(known)))
-    means = torch.empty(len(some), POOLS, WIDTH)
+    means = torch.empty(len(some), POOLS, WIDTH, device=net.device)
     with torch.no_grad():
         for places in _alike(some):
             means[places] = net.pooled(*_states(net, [some[place] for place in places]))
@@ -149,7 +147,7 @@ def _probe(net: Net, known: Sequence[Example]) -> None:
 
 
 def _loss(net: Net, found: torch.Tensor, some: Sequence[Example]) -> torch.Tensor:
-    plans = torch.tensor([one.plan for one in some])
+    plans = torch.tensor([one.plan for one in some]).to(net.device)
     first, second, third = net.slots(found, plans)
     loss = F.cross_entropy(first, plans[:, 0], label_smoothing=SMOOTHING)
     loss = loss + PLAN_WEIGHT * F.cross_entropy(second, plans[:, 1])
@@ -158,7 +156,8 @@ def _loss(net: Net, found: torch.Tensor, some: Sequence[Example]) -> torch.Tenso
         loss = loss + PLAN_WEIGHT * F.cross_entropy(third[going], plans[going, 2], reduction="sum") / len(some) * 3
     said = torch.tensor([one.unsupported is not None for one in some])
     if said.any():
-        truth = torch.tensor([float(bool(one.unsupported)) for one in some])
+        said = said.to(net.device)
+        truth = torch.tensor([float(bool(one.unsupported)) for one in some]).to(net.device)
         judged = F.binary_cross_entropy_with_logits(found[said, UNSUPPORTED], truth[said])
         loss = loss + UNSUPPORTED_WEIGHT * judged
     return loss
