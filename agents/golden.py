@@ -37,9 +37,9 @@ class Anchors:
         lost = taken > np.exp(self.scores).max(1) * (1 - taken)
         return float((right & lost).mean())
 
-    def harmed(self, offsets: Floats) -> bool:
-        """Whether changed scores would cost more messages, of all or of one task, than they may."""
-        before = self.scores.argmax(1) == self.tasks
+    def harmed(self, offsets: Floats, given: Floats | float = 0.0) -> bool:
+        """Whether such scores cost more messages than those of `given`, of all or of one task, than they may."""
+        before = (self.scores + given).argmax(1) == self.tasks
         lost = before.astype(int) - ((self.scores + offsets).argmax(1) == self.tasks)
         tasks = [lost[self.tasks == task].mean() for task in np.unique(self.tasks)]
         return bool(lost.mean() > HARM or max(tasks) > TASK_HARM)

@@ -165,26 +165,25 @@ class _Lesson:
         All at once, as a rule; where that does harm half of them, and so on: one bad label takes few others with it.
         """
         kept = list(range(given))
-        weights = None
+        weights = self._weights(kept) if kept else None
+        there = _golden_features() @ weights if weights is not None else 0.0
         waiting = [list(range(given, len(self.tasks)))]
         least = max(1, len(waiting[0]) // PARTS)
         while waiting:
             part = waiting.pop()
-            if part and (found := self._weights([*kept, *part])) is not None:
+            if part and (found := self._weights([*kept, *part], there)) is not None:
                 kept, weights = [*kept, *part], found
             elif len(part) > least:
                 middle = len(part) // 2
                 waiting += [part[middle:], part[:middle]]
-        if weights is None and kept:
-            weights = self._weights(kept)
         return kept, weights
 
-    def _weights(self, chosen: list[int]) -> Floats | None:
-        """What some labels teach, weakened where that is needed to do no harm; None where it never is."""
+    def _weights(self, chosen: list[int], there: Floats | float = 0.0) -> Floats | None:
+        """What some labels teach, weakened until it does no more harm than is `there`; None where it always does."""
         weights = self._fit(chosen)
         moved = _golden_features() @ weights
         for strength in STRENGTHS:
-            if not golden().harmed(strength * moved):
+            if not golden().harmed(strength * moved, there):
                 return np.asarray(strength * weights, np.float32)
         return None
 
