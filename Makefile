@@ -56,7 +56,7 @@ faults: $(STAMP) ## crash points, planted mistakes and a long storm: make faults
 	$(RUN) -m pytest -m faults
 	$(RUN) -m tests.faults $(ARGS)
 
-router: $(STAMP) ## train the router's head from agents/data: make router [ARGS=--check]
+router: $(STAMP) ## train the router's reader from agents/data: make router [ARGS=--check]
 	$(RUN) -m agents.train_router $(ARGS)
 
 docs: $(STAMP) ## write the generated pages
