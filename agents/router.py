@@ -25,7 +25,7 @@ from agents.learning import Learned
 from agents.plan import describe, words_between
 from agents.plugin_match import PluginMatch
 from agents.reader.plans import TASKS
-from agents.reader.reader import Reading, shared_reader
+from agents.reader.reader import DECLINED, Reading, shared_reader
 from agents.reader.why import cues, snap, step_spans
 from onebox.errors import OneboxError
 from onebox.events import Routed, Step
@@ -40,7 +40,6 @@ FALLBACK: Final = "chat"
 # A 0.5B engine is right on 29 % of hard messages, far behind the head: it only tips near ties.
 ENGINE_WEIGHT: Final = 0.3
 PLAN_DOUBT: Final = 0.2  # whether a message asks for several steps is asked of the engine from 0.3 to 0.7
-DECLINED: Final = 0.5  # likeliest to ask for what cannot be done here
 PROMPT_CHARS: Final = 800
 _PROMPT: Final = (
     "Which kind of work does the user's last message ask for? Answer with one word.\n{menu}\n\nMessage:\n{text}"

@@ -22,7 +22,10 @@ from agents.reader.weights import WEIGHTS, Weights
 from onebox.messages import Message
 
 QUALITY: Final = WEIGHTS.with_name("router_quality.json")
+DECLINED: Final = 0.5  # from here on a message of the task chat is taken to ask for what cannot be done
+SURELY_DECLINED: Final = 0.7  # and from here on one of any task, which is chat then
 _LOADING: Final = threading.Lock()
+_TALK: Final = np.array([task == "chat" for task in TASKS], np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +87,13 @@ class Reader:
         first = softmax(scores[COLUMNS[0]] / kept.first)
         single, chain, several = self.plans(scores)
         plan = chain if several >= kept.several else single
-        unsupported = scores[UNSUPPORTED] + kept.unsupported_bias
+        unsupported = float(1 / (1 + np.exp(-scores[UNSUPPORTED] - kept.unsupported_bias)))
+        if len(plan) == 1 and unsupported >= SURELY_DECLINED:
+            first = np.asarray((1 - unsupported) * first + unsupported * _TALK, np.float32)
+            plan = (TASKS[int(first.argmax())],)
         return Reading(
-            first, plan, chain, several, float(1 / (1 + np.exp(-unsupported))), encoded.spans, evidence,
-            shares[:, 0] @ states, encoded.instruction,
+            first, plan, chain, several, unsupported, encoded.spans, evidence, shares[:, 0] @ states,
+            encoded.instruction,
         )  # fmt: skip
 
     def plans(self, scores: Floats) -> tuple[tuple[str, ...], tuple[str, ...], float]:
