@@ -31,7 +31,7 @@ def pad(texts: Sequence[torch.Tensor], filler: int = PAD) -> tuple[torch.Tensor,
 
 
 def _linear(weight: NDArray[np.float32], bias: NDArray[np.float32]) -> nn.Linear:
-    made: nn.Linear = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0])
+    made = nn.Linear(weight.shape[1], weight.shape[0], device="meta").to_empty(device="cpu")  # nothing is drawn
     made.load_state_dict({"weight": torch.tensor(weight), "bias": torch.tensor(bias)})
     return made
 

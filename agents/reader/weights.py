@@ -73,7 +73,7 @@ class Weights:
         """A matrix of the pretrained model as training has changed it, if it has."""
         if f"{name}.change" not in self.arrays:
             return before
-        return before + self[f"{name}.change"] * self[f"{name}.step"]
+        return np.asarray(before + self[f"{name}.change"] * self[f"{name}.step"], np.float32)
 
     def divisor(self, name: str, matrix: Floats) -> Floats | None:
         """By what the inputs of a matrix (one row each) are divided before they are rounded, if that is known."""

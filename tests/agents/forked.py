@@ -15,7 +15,7 @@ from tests.processes import ROOT
 
 MODULES: Final = ("agents", "tests.agents.scripted_replica")
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["agents.__main__", "tests.agents.scripted_replica", __name__])
+_CONTEXT.set_forkserver_preload(["agents.app", "serving.scripted_engine", "serving.server", "uvicorn", __name__])
 
 
 class Forked:

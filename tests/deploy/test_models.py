@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.agents.processes import until
 from tests.processes import ROOT, FleetSpec, run_fleet
 
 FILE = """
@@ -32,6 +33,7 @@ def test_each_model_answers_under_its_prefix_and_at_its_doors(tmp_path: Path, in
         run_fleet(FleetSpec(values), tmp_path / "fleet.log", "/m/small-too") as fleet,
         httpx.Client(headers=fleet.headers, timeout=10.0) as client,
     ):
+        until(lambda: len(client.get(f"{fleet.url}/m/small/v1/fleet").json()["replicas"]) == 2)
         lengths, doors = {}, {}
         for name in ("small", "small-too"):
             card = client.get(f"{fleet.url}/m/{name}/v1/model").raise_for_status()
