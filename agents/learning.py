@@ -133,7 +133,9 @@ def _lesson(given: tuple[Label, ...], labels: tuple[Label, ...]) -> tuple[_Taugh
     if not known:
         return None, reasons
     lesson = _Lesson.of(known)
-    kept, weights = lesson.harmless(len(given))
+    # Fitted once for all tenants, who have the same labels of others.
+    others = _lesson((), given)[0] if given else None
+    kept, weights = lesson.harmless(len(given), others.weights if others is not None else None)
     reasons |= {label.id: _HARMFUL for index, label in enumerate(known) if index not in kept}
     if weights is None:
         return None, reasons
@@ -159,13 +161,12 @@ class _Lesson:
         likeness = features @ np.concatenate([features, _training_features()]).T
         return cls(features, np.stack([row[1] for row in rows]), tasks, likeness)
 
-    def harmless(self, given: int) -> tuple[list[int], Floats | None]:
-        """The first `given` labels and those of the others that do no harm beside them, and what they teach.
+    def harmless(self, given: int, weights: Floats | None) -> tuple[list[int], Floats | None]:
+        """The first `given` labels, which teach `weights`, with those of the others that do no harm; what all teach.
 
         All at once, as a rule; where that does harm half of them, and so on: one bad label takes few others with it.
         """
         kept = list(range(given))
-        weights = self._weights(kept) if kept else None
         there = _golden_features() @ weights if weights is not None else 0.0
         waiting = [list(range(given, len(self.tasks)))]
         least = max(1, len(waiting[0]) // PARTS)
