@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Final
+from unittest.mock import patch
 
 from tests.processes import ROOT
 
@@ -22,11 +23,8 @@ class Forked:
     """`python -m module arguments` without the time that imports take, with what tests use of `subprocess.Popen`."""
 
     def __init__(self, module: str, arguments: tuple[str, ...], environment: Mapping[str, str], log: Path) -> None:
-        kept = os.environ.get("OPENBLAS_NUM_THREADS")
-        os.environ["OPENBLAS_NUM_THREADS"] = "1"  # read when numpy is imported, so by the server
-        forkserver.ensure_running()
-        if kept is None:
-            del os.environ["OPENBLAS_NUM_THREADS"]
+        with patch.dict(os.environ, OPENBLAS_NUM_THREADS="1"):  # read when numpy is imported, so by the server
+            forkserver.ensure_running()
         self._process = _CONTEXT.Process(
             target=_run, args=(module, arguments, dict(environment), str(log)), daemon=True
         )

@@ -382,28 +382,15 @@ async def test_corrections_are_noted_in_the_order_they_were_made(worker: Open, m
     assert await one.labels.all("a") == []
 
 
-async def test_correction_that_is_noted_late_does_not_replace_a_newer_one(
-    worker: Open, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("plan", "was"), [("write", ()), ("chat", ("chat",))], ids=["noted", "taken back"])
+async def test_correction_that_is_noted_or_taken_back_late_leaves_a_newer_one(
+    worker: Open, monkeypatch: pytest.MonkeyPatch, plan: str, was: tuple[str, ...]
 ) -> None:
     one = await worker()
     answered = hold_learning(one.labels, monkeypatch)
     async with Corrections(one.labels, Conversations(one.store)) as corrections:
-        corrections.replanned(run_of("Hello"), Routed("chat", ("chat",), {}, "head", 1.0), ["write"])
-        newer = label("Hello", "reason")
-        await one.labels.add("a", newer)
-        answered.set()
-        await until_async(lambda: not corrections._tasks)
-    assert await one.labels.all("a") == [newer]
-
-
-async def test_correction_taken_back_late_does_not_remove_a_newer_one(
-    worker: Open, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    one = await worker()
-    answered = hold_learning(one.labels, monkeypatch)
-    async with Corrections(one.labels, Conversations(one.store)) as corrections:
-        corrections.replanned(run_of("Hello"), Routed("chat", ("chat",), {}, "head", 1.0), ["chat"])
-        newer = replace(label("Hello", "reason"), was=("chat",))
+        corrections.replanned(run_of("Hello"), Routed("chat", ("chat",), {}, "head", 1.0), [plan])
+        newer = replace(label("Hello", "reason"), was=was)
         await one.labels.add("a", newer)
         answered.set()
         await until_async(lambda: not corrections._tasks)

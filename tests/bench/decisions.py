@@ -18,8 +18,7 @@ import numpy as np
 from agents.labelled import BOUNDARY, GOLDEN, GOLDEN_PLANS, HABITS, HELD_OUT, Labelled, read_labelled, read_records
 from agents.learning import Learned
 from agents.reader.plans import TASKS
-from agents.reader.reader import Reading, shared_reader
-from agents.router import DECLINED
+from agents.reader.reader import DECLINED, Reading, shared_reader
 from agents.scoring import COVERAGES, judged
 from onebox.labels import Label
 from tests.bench import report
